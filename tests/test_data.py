@@ -1,0 +1,469 @@
+"""Scans, phantoms and files: what is too bulky for the notebook. Everything malformed must say so, and nothing else."""
+import http.server
+import os
+import pickle
+import threading
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pooch
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.io import loadmat, savemat
+from skimage.transform import resize_local_mean
+
+import dip_uq.data as data
+from dip_uq.data import (Scan, ellipses, gaussian_noise, load_htc2022, load_scan, poisson_noise, rectangles, save_scan,
+                         shepp_logan, simulate, walnut)
+from dip_uq.operators import as_operator, fan_beam, parallel_beam
+
+HTC = Path(os.environ.get("DIP_UQ_DATA", "none")) / "htc2022"
+needs_htc = pytest.mark.skipif(not HTC.is_dir(), reason="set DIP_UQ_DATA to a folder with htc2022/*.mat")
+A = fan_beam(np.arange(12) * np.pi / 6, (16, 16), bins=24, bin_size=1.2, source_origin=60., origin_detector=30.)
+Y = A(ellipses(16, 1))
+
+
+# Scan
+
+
+BAD_SCANS = dict(
+    nan=(dict(measurement=Y * float("nan")), "measurement has 288 NaN or infinite numbers out of 288"),
+    infinite=(dict(measurement=Y / 0), "NaN or infinite"),
+    beyond_float32=(dict(measurement=Y.double() + 1e300), "measurement has 288 NaN or infinite"),
+    complex_tensor=(dict(measurement=Y + 0j), "measurement is complex"),
+    complex_array=(dict(measurement=Y.numpy() + 0j), "measurement is complex"),
+    text=(dict(measurement=[["a"]]), "measurement must hold numbers"),
+    nothing=(dict(measurement=None), "measurement must hold numbers"),
+    ragged=(dict(measurement=[[1, 2], [3]]), "measurement is not a rectangular array"),
+    swapped=(dict(measurement=Y.T), "(24, 12), but (12, 24) is needed: its axes are swapped"),
+    angles_missing=(dict(measurement=Y[1:]), "(11, 24), but (12, 24) is needed: pass data and operator that belong"),
+    flat=(dict(measurement=Y.ravel()), "(288,), but (12, 24)"),
+    empty=(dict(measurement=Y[:0]), "measurement is empty (shape (0, 24))"),
+    not_an_operator=(dict(operator=A.matrix), "wrap it by dip_uq.operators.as_operator"),
+    truth_shape=(dict(truth=np.zeros((15, 16))), "truth has shape (15, 16), but (16, 16) is needed"),
+    truth_nan=(dict(truth=np.full((16, 16), np.nan)), "truth has 256 NaN"),
+    negative_noise=(dict(noise_std=-1), "noise_std=-1 is out of range: it must be zero or more"),
+    nan_noise=(dict(noise_std=float("nan")), "noise_std has 1 NaN"),
+    noise_per_ray=(dict(noise_std=torch.ones(12, 24)), "noise_std has shape (12, 24), but () is needed"),
+    zero_pixel=(dict(pixel_size=0), "pixel_size=0 is out of range: it must be positive"),
+    held_out_beyond=(dict(held_out=(12,)), "held_out=12 is out of range: choose 0 to 11"),
+    held_out_negative=(dict(held_out=(-1,)), "held_out=-1 is out of range"),
+    held_out_twice=(dict(held_out=(3, 3)), "held_out=(3, 3) names a projection twice"),
+    held_out_all=(dict(held_out=range(12)), "are all projections: leave at least one"),
+    held_out_number=(dict(held_out=3), "held_out=3 is no list of projections"),
+    held_out_fraction=(dict(held_out=(1.5,)), "held_out must be a whole number, got 1.5"),
+)
+
+
+@pytest.mark.parametrize("case", BAD_SCANS)
+def test_bad_scan(case):
+    fields, message = BAD_SCANS[case]
+    with pytest.raises((ValueError, TypeError)) as error: Scan(**(dict(measurement=Y, operator=A) | fields))
+    assert message in str(error.value)
+
+
+def test_a_changed_scan_is_checked_again():
+    scan = Scan(Y, A)
+    with pytest.raises(ValueError, match="axes are swapped"): replace(scan, measurement=Y.T)
+    with pytest.raises(AttributeError): scan.name = "changed"
+
+
+@pytest.mark.parametrize("array", [Y.numpy()[::-1, ::-1], Y.numpy().astype(">f8"), Y.tolist(), Y.half(), Y.int()],
+                         ids=["negative strides", "big-endian", "list", "half", "int"])
+def test_arrays_become_float32(array):
+    measurement = Scan(array, A).measurement
+    assert measurement.dtype == torch.float32
+    np.testing.assert_array_equal(measurement, np.asarray(array, np.float32))
+
+
+@given(count=st.integers(2, 60), share=st.floats(0, 1))
+def test_hold_out_partitions_and_spreads(count, share):
+    scan = Scan(torch.arange(count * 3.).reshape(count, 3), as_operator(np.ones((count * 3, 4)), (2, 2), (count, 3)))
+    n = round(share * (count - 1))
+    scan = scan.hold_out(n)
+    assert len(set(scan.held_out)) == n
+    rows = [scan.training.measurement] + ([scan.validation.measurement] if n else [])
+    assert sorted(torch.cat(rows)[:, 0].tolist()) == scan.measurement[:, 0].tolist()
+    gaps = np.diff([-1, *scan.held_out, count])
+    assert gaps.max() <= count / max(n, 1) + 1  # nowhere is a stretch without a check longer than a share
+
+
+def test_parts_explain_their_measurements():
+    truth = ellipses(16, 1)
+    scan = simulate(truth, A, noise=0).hold_out(4)
+    for part in scan.training, scan.validation:
+        torch.testing.assert_close(part.operator(truth), part.measurement)
+
+
+# Phantoms and noise
+
+@pytest.mark.parametrize("phantom", [ellipses, rectangles, walnut])
+@settings(max_examples=15, deadline=None)
+@given(size=st.integers(1, 50), seed=st.integers(0, 2**32))
+def test_phantoms_at_any_size_and_seed(phantom, size, seed):
+    before = np.random.get_state()[1].copy(), torch.get_rng_state()
+    image = phantom(size, seed)
+    assert image.shape == (size, size) and image.dtype == torch.float32
+    assert 0 <= image.min() <= image.max() <= 1
+    assert torch.equal(image, phantom(size, seed))
+    assert np.array_equal(before[0], np.random.get_state()[1]) and torch.equal(before[1], torch.get_rng_state())
+
+
+def test_walnuts_differ_and_hold_four_grey_values():
+    nuts = [walnut(64, seed) for seed in range(6)]
+    for i in range(6):
+        for j in range(i): assert (nuts[i] - nuts[j]).abs().mean() > 0.1
+    fine = walnut(256, 0)
+    pure = sum(((fine - value).abs() < 1e-6).float().mean() for value in (0, 0.55, 0.75, 1))
+    assert pure > 0.75  # the others lie on edges
+    for value in 0, 0.55, 0.75, 1: assert ((fine - value).abs() < 1e-6).float().mean() > 0.005
+
+
+def test_walnuts_stay_in_the_field_of_view():
+    c = (torch.arange(96) + 0.5) / 48 - 1
+    outside = torch.hypot(c[:, None], c[None]) > 1
+    assert all(walnut(96, seed)[outside].max() == 0 for seed in range(40))
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda: shepp_logan(0), "size=0 is out of range: choose 1 or more"),
+    (lambda: ellipses(-3), "size=-3"),
+    (lambda: walnut(12.5), "size must be a whole number, got 12.5"),
+    (lambda: gaussian_noise(Y, -0.1), "rel=-0.1 is out of range"),
+    (lambda: gaussian_noise(Y / 0), "clean has"),
+    (lambda: poisson_noise(Y, 0), "photons=0 is out of range: it must be positive"),
+    (lambda: simulate(ellipses(15), A), "truth has shape (15, 15), but (16, 16) is needed"),
+    (lambda: simulate(ellipses(16), A, noise=-0.05), "noise=-0.05 is out of range: it must be zero or more"),
+    (lambda: Scan(Y, A).hold_out(12), "n=12 is out of range: choose 0 to 11"),
+    (lambda: Scan(Y, A).hold_out(-1), "n=-1 is out of range"),
+    (lambda: Scan(Y, A).validation, "call scan.hold_out(n) first"),
+])
+def test_bad_arguments(call, message):
+    with pytest.raises((ValueError, TypeError)) as error: call()
+    assert message in str(error.value)
+
+
+def test_rays_without_photons_are_finite():
+    noisy, std = poisson_noise(torch.full((100,), 20.), photons=10)
+    assert torch.equal(noisy, torch.full((100,), float(np.log(10)))) and std.isfinite().all()
+
+
+# Files: .npz
+
+@pytest.fixture(scope="module")
+def npz(tmp_path_factory):
+    path = tmp_path_factory.mktemp("npz") / "scan.npz"
+    save_scan(replace(simulate(ellipses(16, 1), A, 0.05), unit="1/mm", name="small").hold_out(2), path)
+    return path
+
+
+@settings(max_examples=20, deadline=None)
+@given(fan=st.booleans(), count=st.integers(2, 9), bins=st.integers(1, 9), size=st.integers(1, 9),
+       bin_size=st.floats(0.1, 3), noise=st.none() | st.floats(0, 1), held=st.integers(0, 1), truth=st.booleans())
+def test_round_trip(tmp_path_factory, fan, count, bins, size, bin_size, noise, held, truth):
+    beam = partial(fan_beam, source_origin=70., origin_detector=20.) if fan else parallel_beam
+    operator = beam(np.arange(count) / 3, (size, size), bins, bin_size=bin_size, pixel_size=0.7)
+    image = ellipses(size, 3)
+    scan = Scan(operator(image), operator, image if truth else None, noise, range(held), 0.7, "1/mm", "µ")
+    path = tmp_path_factory.mktemp("trip") / "scan.npz"
+    save_scan(scan, path)
+    again = load_scan(path)
+    assert torch.equal(again.measurement, scan.measurement)
+    assert (again.truth is None) == (not truth) and (not truth or torch.allclose(again.truth, image, atol=1e-6))
+    for key in "noise_std", "held_out", "pixel_size", "unit", "name": assert getattr(again, key) == getattr(scan, key)
+    torch.testing.assert_close(again.operator(image), operator(image), rtol=1e-4, atol=1e-4)
+
+
+REQUIRED = "measurement", "angles", "geometry", "bin_size", "pixel_size", "size", "source_origin", "origin_detector"
+BAD_NPZ = {f"no {key}": ({key: None}, f"has no {key!r}") for key in REQUIRED} | dict(
+    nan=(dict(measurement=np.full((12, 24), np.nan)), "measurement has 288 NaN"),
+    complex=(dict(measurement=np.ones((12, 24)) * 1j), "measurement is complex"),
+    text=(dict(measurement=np.full((12, 24), "1")), "measurement must hold numbers"),
+    zero_rays=(dict(measurement=np.zeros((0, 24)), angles=np.zeros(0)), "measurement is empty (shape (0, 24))"),
+    one_row=(dict(measurement=np.zeros(24)), "one row of bins per angle is needed"),
+    angle_count=(dict(angles=np.arange(11)), "one angle per row is needed"),
+    swapped=(dict(measurement=np.zeros((24, 12))), "its axes are swapped, transpose it"),
+    angles_nan=(dict(angles=np.full(12, np.nan)), "angles has 12 NaN"),
+    geometry=(dict(geometry="cone"), "geometry='cone' must be 'parallel' or 'fan'"),
+    bin_size=(dict(bin_size=0), "bin_size=0 is out of range: it must be positive"),
+    pixel_size=(dict(pixel_size=-2.), "pixel_size=-2 is out of range"),
+    pixel_sizes=(dict(pixel_size=[1., 1.]), "pixel_size has shape (2,), but () is needed"),
+    source=(dict(source_origin=np.inf), "source_origin has 1 NaN or infinite"),
+    size=(dict(size=0), "size=0 is out of range"),
+    size_fraction=(dict(size=16.5), "size must be a whole number"),
+    truth=(dict(truth=np.zeros((15, 16))), "truth has shape (15, 16), but (16, 16)"),
+    noise=(dict(noise_std=-1), "noise_std=-1 is out of range"),
+    held_out=(dict(held_out=[12]), "held_out=12 is out of range: choose 0 to 11"),
+    pickled=(dict(truth=np.array([{}])), "cannot be read as .npz: Object arrays cannot be loaded"),
+)
+
+
+@pytest.mark.parametrize("case", BAD_NPZ)
+def test_bad_npz(case, npz, tmp_path):
+    changes, message = BAD_NPZ[case]
+    fields = {key: value for key, value in (dict(np.load(npz)) | changes).items() if value is not None}
+    np.savez(tmp_path / "bad.npz", **fields)
+    with pytest.raises((ValueError, TypeError)) as error: load_scan(tmp_path / "bad.npz")
+    assert message in str(error.value) and "bad.npz" in str(error.value)
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(angles=13), "angles=13 is out of range: choose 1 to 12"), (dict(angles=0), "angles=0 is out of range"),
+    (dict(angles=2.5), "angles must be a whole number"), (dict(size=0), "size=0 is out of range: choose 1 to 16"),
+    (dict(size=17), "size=17 is out of range: choose 1 to 16"), (dict(size=-4), "size=-4"),
+    (dict(bins=7), "bins=7 does not divide the 24 bins"), (dict(bins=0), "bins=0 is out of range"),
+])
+def test_bad_options(npz, options, message):
+    with pytest.raises((ValueError, TypeError)) as error: load_scan(npz, **options)
+    assert message in str(error.value)
+
+
+def test_bad_files(npz, tmp_path):
+    (tmp_path / "empty.npz").touch()
+    (tmp_path / "text.npz").write_text("measurement = 1")
+    (tmp_path / "pickle.npz").write_bytes(pickle.dumps(dict(measurement=1)))
+    (tmp_path / "scan.csv").write_bytes(npz.read_bytes())
+    np.save(tmp_path / "array.npy", np.ones(3))
+    (tmp_path / "array.npy").rename(tmp_path / "array.npz")
+    messages = {"none.npz": "is not a file", "": "is not a file", "empty.npz": "is empty (0 bytes)",
+                "text.npz": "is no .npz archive", "pickle.npz": "is no .npz archive", "array.npz": "is no .npz archive",
+                "scan.csv": "ends in '.csv'; use .npz, or .mat of HTC 2022"}
+    for name, message in messages.items():
+        with pytest.raises(ValueError) as error: load_scan(tmp_path / name)
+        assert message in str(error.value) and name in str(error.value)
+
+
+class Trap:
+    def __reduce__(self): return open, (os.environ["TRAP"], "w")
+
+
+def test_a_file_runs_no_code(npz, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRAP", str(tmp_path / "sprung"))
+    trap = np.empty(1, object)
+    trap[0] = Trap()
+    np.savez(tmp_path / "trap.npz", **(dict(np.load(npz)) | dict(name=trap)))
+    with pytest.raises(ValueError, match="allow_pickle=False"): load_scan(tmp_path / "trap.npz")
+    assert not (tmp_path / "sprung").exists()
+    np.load(tmp_path / "trap.npz", allow_pickle=True)["name"]
+    assert (tmp_path / "sprung").exists()  # the trap works, had the file been trusted
+
+
+def attempt(path):
+    "A scan, or an error that names the file."
+    try: return load_scan(path)
+    except (ValueError, TypeError) as error: assert path.name in str(error), error
+
+
+@settings(max_examples=60, deadline=None)
+@given(share=st.floats(0, 1, exclude_max=True))
+def test_truncated_npz(npz, share):
+    content = npz.read_bytes()
+    cut = npz.with_name("cut.npz")
+    cut.write_bytes(content[:int(share * len(content))])
+    assert attempt(cut) is None
+
+
+@settings(max_examples=60, deadline=None)
+@given(where=st.floats(0, 1, exclude_max=True), value=st.integers(0, 255))
+def test_damaged_npz(npz, where, value):
+    content = bytearray(npz.read_bytes())
+    content[int(where * len(content))] = value
+    damaged = npz.with_name("damaged.npz")
+    damaged.write_bytes(content)
+    attempt(damaged)
+
+
+def test_what_does_not_fit_the_layout(tmp_path):
+    matrix = as_operator(A.matrix, (16, 16), (12, 24))
+    with pytest.raises(ValueError, match="only a RayTransform fits"): save_scan(Scan(Y, matrix), tmp_path / "scan.npz")
+    oblong = Scan(torch.ones(1, 3), parallel_beam([0.], (4, 5), 3))
+    with pytest.raises(ValueError, match="4 × 5; only square ones fit"): save_scan(oblong, tmp_path / "scan.npz")
+    with pytest.raises(ValueError, match="must end in .npz"): save_scan(Scan(Y, A), tmp_path / "scan.mat")
+    assert not list(tmp_path.iterdir())
+
+
+def test_angles_leave_out_held_out(npz):
+    assert load_scan(npz).held_out == (3, 9)
+    less = load_scan(npz, angles=4)
+    assert less.held_out == ()
+    np.testing.assert_allclose(np.rad2deg(less.operator.angles), [0, 90, 180, 270], atol=1e-9)
+
+
+# Files: Helsinki Tomography Challenge
+
+@pytest.fixture(scope="module")
+def mat(tmp_path_factory):
+    "A small file like those of the challenge: 25 projections of 140 bins, the last repeats the first; truth 512 × 512."
+    folder, pixel = tmp_path_factory.mktemp("mat"), 0.2 * 410.66 / 553.74
+    beam = fan_beam(np.deg2rad(np.arange(25) * 15.), (64, 64), 140, 0.2, 410.66, 553.74 - 410.66, 8 * pixel)
+    truth = ellipses(512, 1) * 0.01
+    small = torch.from_numpy(resize_local_mean(truth.numpy(), (64, 64)))
+    parameters = dict(angles=np.arange(25) * 15., distanceSourceOrigin=410.66, distanceSourceDetector=553.74,
+                      pixelSizePost=0.2)
+    struct = {"type": "2d", "sinogram": beam(small).double().numpy(), "parameters": parameters}
+    savemat(folder / "htc2022_zz_full.mat", dict(CtDataFull=struct))
+    savemat(folder / "htc2022_zz_full_recon_fbp.mat", dict(reconFullFbp=truth.double().numpy() * pixel))
+    return folder / "htc2022_zz_full.mat"
+
+
+def test_mat(mat):
+    scan = load_scan(mat, angles=24, size=64, bins=140)
+    assert scan.name == "htc2022_zz" and scan.unit == "1/mm" and scan.noise_std is None
+    np.testing.assert_allclose(np.rad2deg(scan.operator.angles), np.arange(24) * 15., atol=1e-9)  # 360° repeats 0°
+    assert scan.pixel_size == pytest.approx(8 * 0.2 * 410.66 / 553.74)
+    torch.testing.assert_close(scan.operator(scan.truth), scan.measurement, rtol=1e-4, atol=1e-4)  # made by that model
+
+
+def test_mat_without_reconstruction(mat, tmp_path):
+    (tmp_path / mat.name).write_bytes(mat.read_bytes())
+    assert load_scan(tmp_path / mat.name, angles=3, size=16).truth is None
+
+
+BAD_MAT = {f"no {key}": ({}, {key: None}, f"has no {key!r}") for key in
+           ("angles", "distanceSourceOrigin", "distanceSourceDetector", "pixelSizePost")} | dict(
+    no_sinogram=(dict(sinogram=None), {}, "has no 'sinogram'"),
+    no_parameters=(dict(parameters=5.), {}, "has no 'angles'"),
+    swapped=(dict(sinogram=np.ones((140, 25))), {}, "its axes are swapped"),
+    rows=(dict(sinogram=np.ones((24, 140))), {}, "one angle per row is needed"),
+    nan=(dict(sinogram=np.full((25, 140), np.nan)), {}, "measurement has 3500 NaN"),
+    complex=(dict(sinogram=np.ones((25, 140)) * 1j), {}, "measurement is complex"),
+    text=(dict(sinogram="many numbers"), {}, "measurement must hold numbers"),
+    empty=(dict(sinogram=np.zeros((0, 140))), dict(angles=np.zeros(0)), "measurement is empty"),
+    distance=({}, dict(distanceSourceOrigin=-1.), "distanceSourceOrigin=-1 is out of range"),
+    detector=({}, dict(distanceSourceDetector=400.), "origin_detector=-10.66 is out of range"),
+    words=({}, dict(pixelSizePost="small"), "pixelSizePost must hold numbers"),
+)
+
+
+@pytest.mark.parametrize("case", BAD_MAT)
+def test_bad_mat(case, mat, tmp_path):
+    data_changes, parameter_changes, message = BAD_MAT[case]
+    struct = loadmat(mat, simplify_cells=True)["CtDataFull"]
+    parameters = {k: v for k, v in (struct["parameters"] | parameter_changes).items() if v is not None}
+    struct = {k: v for k, v in (struct | dict(parameters=parameters) | data_changes).items() if v is not None}
+    savemat(tmp_path / "bad.mat", dict(CtDataFull=struct))
+    with pytest.raises((ValueError, TypeError)) as error: load_scan(tmp_path / "bad.mat", angles=3, size=8)
+    assert message in str(error.value) and "bad.mat" in str(error.value)
+
+
+def test_other_mat(mat, tmp_path):
+    savemat(tmp_path / "other.mat", dict(x=1))
+    (tmp_path / "text.mat").write_text("not MATLAB\n" * 50)
+    (tmp_path / "empty.mat").touch()
+    (tmp_path / "v73.mat").write_bytes(b"MATLAB 7.3 MAT-file".ljust(124) + b"\x00\x02IM" + bytes(600))
+    for name, message in {"other.mat": "has no 'CtDataFull'", "text.mat": "cannot be read as a MATLAB file",
+                          "empty.mat": "is empty", "v73.mat": "cannot be read", "none.mat": "is not a file"}.items():
+        with pytest.raises(ValueError) as error: load_scan(tmp_path / name)
+        assert message in str(error.value) and name in str(error.value)
+    (tmp_path / mat.name).write_bytes(mat.read_bytes())
+    savemat(tmp_path / f"{mat.stem}_recon_fbp.mat", dict(reconFullFbp=np.zeros((256, 512))))
+    with pytest.raises(ValueError, match="but .512, 512. is needed"): load_scan(tmp_path / mat.name, angles=3)
+
+
+@settings(max_examples=40, deadline=None)
+@given(share=st.floats(0, 1, exclude_max=True))
+def test_truncated_mat(mat, share):
+    content = mat.read_bytes()
+    cut = mat.with_name("cut.mat")
+    cut.write_bytes(content[:int(share * len(content))])
+    with pytest.raises(ValueError, match="cut.mat"): load_scan(cut, angles=2, size=4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(where=st.floats(0, 1, exclude_max=True), value=st.integers(0, 255))
+def test_damaged_mat(mat, where, value):
+    content = bytearray(mat.read_bytes())
+    content[int(where * len(content))] = value
+    damaged = mat.with_name("damaged.mat")
+    damaged.write_bytes(content)
+    try: load_scan(damaged, angles=2, size=4)
+    except (ValueError, TypeError) as error: assert "damaged.mat" in str(error), error
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(angles=25), "angles=25 is out of range: choose 1 to 24"), (dict(size=513), "size=513 is out of range"),
+    (dict(size=0), "size=0"), (dict(bins=9), "bins=9 does not divide the 140 bins"),
+    (dict(angles=None), "angles must be"),
+])
+def test_bad_htc_options(mat, options, message):
+    with pytest.raises((ValueError, TypeError)) as error: load_htc2022(mat, **(dict(angles=3, size=8) | options))
+    assert message in str(error.value)
+
+
+def test_htc_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("DIP_UQ_DATA", str(tmp_path))
+    with pytest.raises(ValueError, match="htc2022_ta_full.mat is not a file"): load_htc2022("ta")
+    with pytest.raises(ValueError, match="elsewhere.*htc2022_tb_full.mat is not"):
+        load_htc2022("tb", folder=tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="tz is not a file"): load_htc2022("tz")
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    "A place to download from, instead of Zenodo; its folder."
+    handler = type("Quiet", (http.server.SimpleHTTPRequestHandler,), dict(log_message=lambda *_: None))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(tmp_path))) as http_server:
+        threading.Thread(target=http_server.serve_forever, daemon=True).start()
+        monkeypatch.delenv("DIP_UQ_DATA", raising=False)
+        monkeypatch.setattr(data._HTC, "base_url", f"http://127.0.0.1:{http_server.server_address[1]}/")
+        monkeypatch.setattr(data._HTC, "path", tmp_path / "cache")
+        monkeypatch.setattr(data._HTC, "retry_if_failed", 0)
+        yield tmp_path
+        http_server.shutdown()
+
+
+def test_download(server, mat, monkeypatch):
+    registry = {}
+    for file in mat, mat.with_name(f"{mat.stem}_recon_fbp.mat"):
+        name = file.name.replace("zz", "ta")
+        (server / name).write_bytes(file.read_bytes())
+        registry[name] = pooch.file_hash(file)
+    monkeypatch.setattr(data._HTC, "registry", registry)
+    scan = load_htc2022("ta", angles=4, size=16)
+    assert scan.truth is not None and scan.measurement.shape[0] == 4
+    assert len(list((server / "cache").iterdir())) == 2
+
+
+def test_download_fails(server):
+    with pytest.raises(ValueError, match="could not be downloaded .*DIP_UQ_DATA"): load_htc2022("ta")
+    (server / "htc2022_tb_full.mat").write_bytes(b"something else")
+    with pytest.raises(ValueError, match="could not be downloaded .*hash"): load_htc2022("tb")
+
+
+@needs_htc
+@pytest.mark.parametrize("name, share", [("ta", 0.035), ("tb", 0.040)])
+def test_htc_units_and_orientation(name, share):
+    "The published image explains the measurement in 1/mm as it is; turned, mirrored or off by one angle it does not."
+    scan = load_htc2022(name, folder=HTC)
+    def misfit(image): return ((scan.operator(image) - scan.measurement).norm() / scan.measurement.norm()).item()
+    assert misfit(scan.truth) == pytest.approx(share, abs=0.002)
+    others = [scan.truth.rot90(k) for k in (1, 2, 3)] + [scan.truth.flip(0), scan.truth.flip(1), scan.truth.T]
+    assert min(map(misfit, others)) > 2 * share
+
+
+@needs_htc
+def test_htc_numbers():
+    raw = loadmat(HTC / "htc2022_ta_full.mat", simplify_cells=True)["CtDataFull"]["sinogram"]
+    scan = load_htc2022("ta", angles=7, size=32, folder=HTC)
+    assert scan.measurement.shape == (7, 35)  # the divisor of 560 next to 1.1 × 32
+    rows = np.arange(7) * 720 // 7
+    np.testing.assert_allclose(scan.measurement, raw[rows].reshape(7, 35, 16).mean(-1), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(np.rad2deg(scan.operator.angles), rows / 2, atol=1e-9)
+    published = loadmat(HTC / "htc2022_ta_full_recon_fbp.mat")["reconFullFbp"]
+    blocks = published.reshape(32, 16, 32, 16).mean((1, 3)) / 0.1483223173330444
+    np.testing.assert_allclose(scan.truth, blocks, rtol=1e-4, atol=1e-6)
+    assert load_htc2022("ta", angles=2, size=128, folder=HTC).measurement.shape == (2, 140)
+
+
+@needs_htc
+def test_htc_disc_has_no_truth():
+    assert load_htc2022("solid_disc", angles=2, size=16, folder=HTC).truth is None
+
+
+@needs_htc
+def test_htc_hashes():
+    for name, known in data._HTC.registry.items(): assert pooch.file_hash(HTC / name) == known

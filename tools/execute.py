@@ -1,0 +1,72 @@
+"""Execute notebooks in place and clean them, so that two runs give the same bytes.
+
+    python tools/execute.py                      # all of nbs/
+    python tools/execute.py nbs/03_dip.ipynb     # the named ones
+
+Cells that nbdev would not test (`#| eval: false`, the `tst_flags` of settings.ini) are left out and keep the outputs
+they have.
+A notebook that fails stays as it was.
+"""
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+WIDGET = "application/vnd.jupyter.widget-view+json"
+STEADY = dict(OMP_NUM_THREADS="1", PYTHONHASHSEED="0", SOURCE_DATE_EPOCH="0", IN_TEST="1", PYTHONPATH=str(ROOT))
+FIGURES = """
+import matplotlib
+matplotlib.rcParams["svg.hashsalt"] = "dip_uq"
+set_matplotlib_formats("png", metadata={"Software": None})
+"""
+
+
+def tidy(outputs: list) -> list:
+    "The `outputs` of a cell without progress bars and widgets, which differ from run to run."
+    def varies(output): return "\r" in "".join(output.get("text", "")) or WIDGET in output.get("data", {})
+    return [output for output in outputs if not varies(output)]
+
+
+def execute(path: Path) -> None:
+    "Run one notebook in this process and write it back, clean."
+    from execnb.nbio import write_nb
+    from execnb.shell import CaptureShell
+    from nbdev.clean import clean_nb
+    from nbdev.config import get_config
+    from nbdev.process import NBProcessor
+
+    skip_flags = set(get_config().tst_flags.split())
+
+    def skip(cell):
+        flags = cell.directives_
+        if cell.cell_type != "code" or "nbdev_export(" in cell.source or flags.keys() & skip_flags: return True
+        if flags.get("eval:", [""])[0].lower() == "false": return True
+        cell.outputs = []
+
+    def keep(cell):
+        if cell.cell_type == "code": cell.outputs = tidy(cell.outputs)
+
+    os.chdir(path.parent)
+    nb = NBProcessor(path, rm_directives=False).nb
+    shell = CaptureShell(path, mpl_format="png")
+    shell.run(FIGURES)
+    try: shell.run_all(nb, exc_stop=True, preproc=skip, postproc=keep)
+    except BaseException: sys.exit(shell.prettytb(path))
+    clean_nb(nb)
+    nb.metadata.pop("widgets", None)
+    write_nb(nb, path)
+
+
+def start(path: Path) -> int:
+    "Run one notebook in a fresh process."
+    code = subprocess.run([sys.executable, __file__, "--here", path], env=os.environ | STEADY).returncode
+    print(path.name, "failed" if code else "done", flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--here"]: sys.exit(execute(Path(sys.argv[2])))
+    paths = [Path(name).resolve() for name in sys.argv[1:]] or sorted(ROOT.glob("nbs/[!_.]*.ipynb"))
+    with ThreadPoolExecutor(os.cpu_count()) as pool: sys.exit(any(list(pool.map(start, paths))))
