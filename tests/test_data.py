@@ -305,8 +305,9 @@ def mat(tmp_path_factory):
     parameters = dict(angles=np.arange(25) * 15., distanceSourceOrigin=410.66, distanceSourceDetector=553.74,
                       pixelSizePost=0.2)
     struct = {"type": "2d", "sinogram": beam(small).double().numpy(), "parameters": parameters}
-    savemat(folder / "htc2022_zz_full.mat", dict(CtDataFull=struct))
-    savemat(folder / "htc2022_zz_full_recon_fbp.mat", dict(reconFullFbp=truth.double().numpy() * pixel))
+    savemat(folder / "htc2022_zz_full.mat", dict(CtDataFull=struct), do_compression=True)
+    published = dict(reconFullFbp=truth.double().numpy() * pixel)
+    savemat(folder / "htc2022_zz_full_recon_fbp.mat", published, do_compression=True)
     return folder / "htc2022_zz_full.mat"
 
 
@@ -345,22 +346,24 @@ def test_bad_mat(case, mat, tmp_path):
     struct = loadmat(mat, simplify_cells=True)["CtDataFull"]
     parameters = {k: v for k, v in (struct["parameters"] | parameter_changes).items() if v is not None}
     struct = {k: v for k, v in (struct | dict(parameters=parameters) | data_changes).items() if v is not None}
-    savemat(tmp_path / "bad.mat", dict(CtDataFull=struct))
+    savemat(tmp_path / "bad.mat", dict(CtDataFull=struct), do_compression=True)
     with pytest.raises((ValueError, TypeError)) as error: load_scan(tmp_path / "bad.mat", angles=3, size=8)
     assert message in str(error.value) and "bad.mat" in str(error.value)
 
 
 def test_other_mat(mat, tmp_path):
-    savemat(tmp_path / "other.mat", dict(x=1))
+    savemat(tmp_path / "other.mat", dict(x=1), do_compression=True)
+    savemat(tmp_path / "raw.mat", dict(CtDataFull=1))
     (tmp_path / "text.mat").write_text("not MATLAB\n" * 50)
     (tmp_path / "empty.mat").touch()
     (tmp_path / "v73.mat").write_bytes(b"MATLAB 7.3 MAT-file".ljust(124) + b"\x00\x02IM" + bytes(600))
     for name, message in {"other.mat": "has no 'CtDataFull'", "text.mat": "cannot be read as a MATLAB file",
-                          "empty.mat": "is empty", "v73.mat": "cannot be read", "none.mat": "is not a file"}.items():
+                          "empty.mat": "is empty", "v73.mat": "not MATLAB's format 5", "raw.mat": "not compressed",
+                          "none.mat": "is not a file"}.items():
         with pytest.raises(ValueError) as error: load_scan(tmp_path / name)
         assert message in str(error.value) and name in str(error.value)
     (tmp_path / mat.name).write_bytes(mat.read_bytes())
-    savemat(tmp_path / f"{mat.stem}_recon_fbp.mat", dict(reconFullFbp=np.zeros((256, 512))))
+    savemat(tmp_path / f"{mat.stem}_recon_fbp.mat", dict(reconFullFbp=np.zeros((256, 512))), do_compression=True)
     with pytest.raises(ValueError, match="but .512, 512. is needed"): load_scan(tmp_path / mat.name, angles=3)
 
 

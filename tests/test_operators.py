@@ -1,0 +1,230 @@
+"""Checks of the operators too bulky for their notebook: random geometries, ASTRA, PyLops, measured data, speed."""
+
+import os
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.io
+import scipy.sparse as sp
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dip_uq.operators import (MatrixOperator, adjoint_error, as_operator, cgls, fan_beam, fbp, parallel_beam,
+                              ray_matrix)
+
+coordinate = st.floats(-8, 8, allow_nan=False) | st.integers(-8, 8).map(float) | st.sampled_from([1e-12, -1e-12, 0.])
+sizes = st.floats(.25, 3) | st.just(1.)
+
+
+def length_inside(start, end, half):
+    "Length of the segment inside the closed box |coordinate| <= half: the closed form of a row's sum."
+    t0, t1 = 0., 1.
+    for s, e, h in zip(start, end, half):
+        if s == e:
+            if abs(s) > h: return 0.
+            continue
+        a, b = sorted(((-h - s) / (e - s), (h - s) / (e - s)))
+        t0, t1 = max(t0, a), min(t1, b)
+    return max(t1 - t0, 0.) * float(np.linalg.norm(np.subtract(end, start)))
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.data())
+def test_row_sums_are_the_length_inside_the_box(data):
+    dim = data.draw(st.integers(2, 3))
+    shape = tuple(data.draw(st.lists(st.integers(1, 9), min_size=dim, max_size=dim)))
+    pixel = data.draw(sizes)
+    point = st.tuples(*[coordinate] * dim)
+    start, end = data.draw(point), data.draw(point)
+    row = ray_matrix([start], [end], shape, pixel)
+    half, rounding = np.array(shape[::-1]) * pixel / 2, 1e-7 * pixel
+    inner, outer = (length_inside(start, end, half + d) for d in (-1e-8, 1e-8))  # along a side rounding decides
+    assert inner - rounding <= row.sum() <= outer + rounding
+    assert row.nnz == 0 or row.data.min() > 0
+    assert row.nnz == 0 or row.data.max() <= pixel * dim**.5 + rounding
+    assert row.nnz <= sum(shape)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.tuples(coordinate, coordinate), st.tuples(coordinate, coordinate))
+def test_a_ray_has_no_direction(start, end):
+    there, back = ray_matrix([start], [end], (6, 7)), ray_matrix([end], [start], (6, 7))
+    # rays within rounding of a grid line may fall on either side of it: their sums agree, their pixels need not
+    assert abs(there.sum() - back.sum()) < 1e-7
+    distance = min(abs(np.subtract(start, end)))
+    if distance > 1e-3: assert abs(there - back).max() < 1e-8
+
+
+def exact_row(start, end, shape, pixel_size):
+    "Intersection lengths in rational arithmetic, apart from one square root."
+    p = Fraction(pixel_size)
+    (h, w), (sx, sy, ex, ey) = shape, [Fraction(float(v)) / p for v in (*start, *end)]
+    sx, ex, sy, ey = sx + Fraction(w, 2), ex + Fraction(w, 2), Fraction(h, 2) - sy, Fraction(h, 2) - ey
+    vx, vy = ex - sx, ey - sy
+    cuts = {Fraction(0), Fraction(1)} | {(i - sx) / vx for i in range(w + 1)} | {(i - sy) / vy for i in range(h + 1)}
+    cuts, row = sorted(t for t in cuts if 0 <= t <= 1), np.zeros(shape)
+    for a, b in zip(cuts, cuts[1:]):
+        x, y = sx + (a + b) / 2 * vx, sy + (a + b) / 2 * vy
+        if 0 <= x < w and 0 <= y < h: row[int(y), int(x)] += float(b - a)
+    return row * float(vx**2 + vy**2)**.5 * pixel_size
+
+
+def astra_matrix(geometry, shape):
+    "The matrix of ASTRA's line kernel; ASTRA computes in float32."
+    astra = pytest.importorskip("astra")
+    (h, w), g = shape, geometry
+    half = g.pixel_size / 2
+    volume = astra.create_vol_geom(h, w, -w * half, w * half, -h * half, h * half)
+    rays = astra.create_proj_geom("fanflat", g.bin_size, g.bins, g.angles, g.source_origin, g.origin_detector) \
+        if g.fan else astra.create_proj_geom("parallel", g.bin_size, g.bins, g.angles)
+    projector = astra.create_projector("line_fanflat" if g.fan else "line", rays, volume)
+    identifier = astra.projector.matrix(projector)
+    matrix = sp.csr_array(astra.matrix.get(identifier), dtype=float)
+    astra.matrix.delete(identifier)
+    astra.projector.delete(projector)
+    return matrix
+
+
+def frobenius(matrix): return float(np.sqrt((matrix.data**2).sum()))
+
+
+ANGLES = np.sort(np.random.default_rng(0).uniform(0, 2 * np.pi, 30))
+SCANS = {
+    "parallel 60x47": (parallel_beam(ANGLES, (60, 47), 91, .7), 1e-4),
+    "parallel 60x47, pixel 0.6": (parallel_beam(ANGLES, (60, 47), 91, .7, .6), 1e-4),
+    "parallel 128x128": (parallel_beam(ANGLES, (128, 128), 183), 1e-3),
+    "fan 128x128 (HTC)": (fan_beam(ANGLES, (128, 128), 140, .8, 410.66, 143.08, .5932), 1e-3),
+}
+
+
+@pytest.mark.parametrize("name", SCANS)
+def test_astra(name):
+    """The difference is ASTRA's own float32 error: the entries that differ most agree with exact arithmetic here.
+
+    It grows with the image's size and as rays come close to an axis, hence 1e-3 at 128 x 128.
+    """
+    A, limit = SCANS[name]
+    difference = (A.matrix - astra_matrix(A.geometry, A.domain_shape)).tocsr()
+    assert frobenius(difference) < limit * frobenius(A.matrix)
+    starts, ends = (p.reshape(-1, 2) for p in A.geometry.rays(np.hypot(*A.domain_shape) * A.geometry.pixel_size))
+    worst = np.argsort(np.asarray(difference.power(2).sum(1)).ravel())[::-1][:5]
+    for ray in worst:
+        ours = A.matrix[[ray]].toarray().reshape(A.domain_shape)
+        exact = exact_row(starts[ray], ends[ray], A.domain_shape, A.geometry.pixel_size)
+        assert np.abs(ours - exact).max() < 1e-10  # float64 rounding of t, times the ray's length
+
+
+def test_astra_operator():
+    astra = pytest.importorskip("astra")
+    angles = np.arange(20) * np.pi / 20
+    projector = astra.create_projector("linear", astra.create_proj_geom("parallel", 1., 30, angles),
+                                       astra.create_vol_geom(20, 24))
+    A = as_operator(astra.OpTomo(projector))
+    assert (A.domain_shape, A.range_shape) == ((20, 24), (20, 30))
+    assert adjoint_error(A) < 1e-5
+    matrix = sp.csr_array(astra.matrix.get(astra.projector.matrix(projector)))
+    x = torch.rand(3, 20, 24, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(A(x), MatrixOperator(matrix, (20, 24), (20, 30))(x), rtol=1e-5)
+    pull = torch.func.vjp(A, x[0])[1]
+    assert torch.func.vmap(pull)(A(x))[0].shape == (3, 20, 24)
+
+
+def test_astra_fbp():
+    "Against ASTRA's filtered back-projection: same units and orientation; another interpolation, so 3 % of the norm."
+    astra = pytest.importorskip("astra")
+    angles, n = np.arange(180) * np.pi / 180, 64
+    A = parallel_beam(angles, (n, n), 95)
+    y, x = np.mgrid[:n, :n]
+    image = ((x - 40)**2 + (y - 20)**2 < 12**2) + .5 * ((x - 20)**2 / 80 + (y - 40)**2 / 200 < 1)
+    sinogram = A(torch.tensor(image, dtype=torch.float32))
+    volume, rays = astra.create_vol_geom(n, n), astra.create_proj_geom("parallel", 1., 95, angles)
+    data, out = astra.data2d.create("-sino", rays, sinogram.numpy()), astra.data2d.create("-vol", volume)
+    settings_ = astra.astra_dict("FBP")
+    settings_ |= {"ProjectorId": astra.create_projector("linear", rays, volume), "ProjectionDataId": data,
+                  "ReconstructionDataId": out, "FilterType": "Ram-Lak"}
+    astra.algorithm.run(astra.algorithm.create(settings_))
+    theirs, ours = astra.data2d.get(out), fbp(A, sinogram).numpy()
+    assert np.linalg.norm(ours - theirs) < .03 * np.linalg.norm(theirs)
+
+
+def test_pylops_operator():
+    pylops = pytest.importorskip("pylops")
+    A = as_operator(pylops.FirstDerivative((6, 8), axis=1, dtype="float64"))
+    assert (A.domain_shape, A.range_shape) == ((6, 8), (6, 8))
+    x = torch.rand(2, 6, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.allclose(A(x)[:, :, 1:-1], (x[:, :, 2:] - x[:, :, :-2]) / 2)
+    assert torch.autograd.gradcheck(A, x, check_forward_ad=True)
+    jacobian = torch.func.jacrev(A)(x[0].detach())
+    assert torch.allclose(torch.func.jacfwd(A)(x[0].detach()), jacobian)
+    units = torch.eye(48, dtype=torch.float64).reshape(48, 6, 8)
+    assert torch.allclose(jacobian.reshape(48, 48), A(units).reshape(48, 48).T)
+    with pytest.raises(TypeError, match="complex"): as_operator(pylops.signalprocessing.FFT(8))
+
+
+@pytest.mark.parametrize("beam", SCANS)
+def test_adjoint(beam):
+    A = SCANS[beam][0]
+    assert adjoint_error(A) < 1e-6
+    assert adjoint_error(A, torch.float64) < 1e-14
+
+
+def htc(name):
+    folder = Path(os.environ.get("DIP_UQ_DATA", "")) / "htc2022"
+    if not (folder / name).exists(): pytest.skip("DIP_UQ_DATA does not name a folder with the HTC 2022 scans")
+    return scipy.io.loadmat(folder / name, squeeze_me=True)
+
+
+def test_measured_scan_has_the_published_orientation():
+    "A real fan-beam scan: FBP agrees with the published reconstruction, without any flip."
+    scan = htc("htc2022_ta_full.mat")["CtDataFull"]
+    published = htc("htc2022_ta_full_recon_fbp.mat")["reconFullFbp"].reshape(128, 4, 128, 4).mean((1, 3))
+    sinogram, angles = scan["sinogram"].item()[:720:4], np.deg2rad(scan["parameters"].item()["angles"].item()[:720:4])
+    A = fan_beam(angles, (128, 128), 560, .2, 410.66, 553.74 - 410.66, 4 * .1483)
+    image = fbp(A, torch.tensor(sinogram, dtype=torch.float32), "hann").numpy()
+
+    def correlation(x): return np.corrcoef(x.ravel(), published.ravel())[0, 1]
+    assert correlation(image) > .99
+    assert max(map(correlation, (image[::-1], image[:, ::-1], image.T, image[::-1, ::-1]))) < .9
+
+
+def fastest(function, repeats=15):
+    function()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_speed(one_thread):
+    "4,200 rays through 128 x 128 pixels within a second; products as fast as SciPy's (it took 0.1 s and 1.0 times)."
+    angles = np.arange(30) * 2 * np.pi / 30
+    assert fastest(lambda: fan_beam(angles, (128, 128), 140, .8, 410.66, 143.08, .5932), 3) < 1
+    A = fan_beam(angles, (128, 128), 140, .8, 410.66, 143.08, .5932)
+    matrix, x = A.matrix.astype(np.float32), torch.rand(128, 128)
+    assert fastest(lambda: A(x)) < 3 * fastest(lambda: matrix @ x.numpy().ravel())
+    batch = torch.rand(64, 128, 128)
+    assert fastest(lambda: A(batch), 5) < 64 * fastest(lambda: A(x))
+
+
+def test_cgls_on_a_singular_problem_stays_finite():
+    "Fewer rays than pixels, many iterations, float32: the residual reaches rounding and nothing blows up."
+    A = parallel_beam(np.arange(5), (16, 16), 11)
+    y = A(torch.rand(16, 16, generator=torch.Generator().manual_seed(0)))
+    x = cgls(A, y, 300)
+    assert (A(x) - y).norm() < 1e-4 * y.norm()
+    minimum = torch.tensor(np.linalg.lstsq(A.matrix.toarray(), y.numpy().ravel(), rcond=1e-9)[0]).reshape(16, 16)
+    assert (x - minimum).norm() < 1e-3 * minimum.norm()  # the solution of least norm, as from x = 0 it must be
