@@ -28,13 +28,14 @@ from skimage.transform import resize_local_mean
 
 from .operators import LinearOperator, RayTransform, fan_beam, parallel_beam
 
-# %% ../nbs/01_data.ipynb #ed9e44e0
+# %% ../nbs/01_data.ipynb #f347c633
 def _real(name: str,  # what the value is called in messages
           value: ArrayLike,  # tensor, array or nested list of real numbers
           shape: tuple | None = None,  # the shape it must have
-          dtype: torch.dtype = torch.float32,
+          dtype: torch.dtype | None = None,  # None: float64 tensors stay, all else becomes float32
          ) -> torch.Tensor:  # on the device of `value`
     "`value` as a finite real tensor, or a TypeError or ValueError that says what is wrong with it."
+    dtype = dtype or (torch.float64 if getattr(value, "dtype", None) == torch.float64 else torch.float32)
     try: value = value if torch.is_tensor(value) else np.asarray(value)
     except ValueError as error: raise ValueError(f"{name} is not a rectangular array: {error}") from error
     if not torch.is_tensor(value):
@@ -148,14 +149,14 @@ def _walnut_inside(x: np.ndarray, y: np.ndarray, wall: np.ndarray, phi: np.ndarr
     width = 0.12 + 0.16 * _texture(x, y, rng, 6) + 0.5 * np.exp(-room.clip(0) / 0.035)
     return membrane > 0, (room > 0) & (abs(_texture(u, v, rng, 14)) > width)
 
-# %% ../nbs/01_data.ipynb #73ff696e
+# %% ../nbs/01_data.ipynb #04e27691
 @dataclass(frozen=True, eq=False, repr=False)
 class Scan:
     """One noisy linear measurement and all that is known about it; checked when it is made.
 
     Raises TypeError or ValueError, naming the field, where something is malformed or does not fit the operator.
     """
-    measurement: torch.Tensor  # float32 of the operator's range_shape; arrays and lists are converted
+    measurement: torch.Tensor  # of the operator's range_shape; float32, or float64 where such a tensor is given
     operator: LinearOperator  # from images to measurements
     truth: torch.Tensor | None = None  # the image itself, of the operator's domain_shape; for scores only
     noise_std: float | None = None  # standard deviation of the noise in `measurement`; None where unknown
