@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['demo_scan', 'parser', 'main']
 
-# %% ../nbs/15_cli.ipynb #b7120e17
+# %% ../nbs/15_cli.ipynb #f90d6cfe
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,14 +21,14 @@ from .networks import UNet
 from .operators import fan_beam
 from .pipeline import headline, solve
 
-# %% ../nbs/15_cli.ipynb #f14db14d
+# %% ../nbs/15_cli.ipynb #707aafdd
 def demo_scan(size: int = 96, angles: int = 30, noise: float = 0.05, seed: int = 0) -> Scan:
     "A simulated walnut slice: `angles` fan-beam projections over a full turn, with Gaussian `noise` · mean|Ax|."
     turn = np.linspace(0, 2 * np.pi, angles, endpoint=False)
     A = fan_beam(turn, (size, size), bins=size, bin_size=1.5, source_origin=3 * size, origin_detector=1.5 * size)
-    return simulate(walnut(size, seed), A, noise, seed)
+    return replace(simulate(walnut(size, seed), A, noise, seed), name=f"walnut {seed}")
 
-# %% ../nbs/15_cli.ipynb #a1e741eb
+# %% ../nbs/15_cli.ipynb #b0827707
 def parser() -> argparse.ArgumentParser:
     "The arguments of `dip-uq`."
     top = argparse.ArgumentParser("dip-uq", description="One noisy linear measurement in, an image with error bars out.")
@@ -40,31 +41,36 @@ def parser() -> argparse.ArgumentParser:
                                description="Reconstruct a scan from a file, with error bars.")
     file.add_argument("scan", metavar="SCAN", help=".npz in the documented layout, or htc2022_…_full.mat")
     file.add_argument("--bins", type=int, help="detector pixels after averaging (default: fits the image size)")
-    for p, size, iterations in ((demo, 96, 1000), (file, 128, 3000)):
-        p.add_argument("--angles", type=int, default=30, help="projections to use, held-out ones included (default %(default)s)")
-        p.add_argument("--size", type=int, default=size, help="pixels along each side of the image (default %(default)s)")
-        p.add_argument("--iterations", type=int, default=iterations, help="steps of the deep image prior (default %(default)s)")
-        p.add_argument("--channels", type=int, default=32, help="channels of the U-Net (default %(default)s)")
-        p.add_argument("--samples", type=int, default=512,
-                       help="posterior samples for the standard deviation; 0: exact, slower (default %(default)s)")
+    for p, size, iterations, scales, channels in ((demo, 96, 1000, 4, 16), (file, 128, 3000, 5, 32)):
+        p.add_argument("--angles", type=int, default=30,
+                       help="projections to use, held-out ones included (default %(default)s)")
+        p.add_argument("--size", type=int, default=size,
+                       help="pixels along each side of the image (default %(default)s)")
+        p.add_argument("--iterations", type=int, default=iterations,
+                       help="steps of the deep image prior (default %(default)s)")
+        p.add_argument("--scales", type=int, default=scales, help="resolutions of the U-Net (default %(default)s)")
+        p.add_argument("--channels", type=int, default=channels, help="channels of the U-Net (default %(default)s)")
         p.add_argument("--seed", type=int, default=0, help="of weights and noise (default %(default)s)")
         p.add_argument("--device", default="cpu", help="torch device, such as cuda (default %(default)s)")
-        p.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="folder for the results (default %(default)s)")
+        p.add_argument("--out", type=Path, default=Path("out"), metavar="DIR",
+                       help="folder for the results (default %(default)s)")
         p.add_argument("--quiet", action="store_true", help="no progress bars")
     return top
 
+# %% ../nbs/15_cli.ipynb #f97e1d85
 def main(argv: Sequence[str] | None = None) -> int:
     "Run the command line; 0 when the files were written, 2 when the input was at fault."
     args = parser().parse_args(argv)
     try:
-        scan = demo_scan(args.size, args.angles, args.noise, args.seed) if args.command == "demo" else \
-            load_scan(args.scan, args.angles, args.size, args.bins)
-        solution = solve(scan.to(args.device), UNet(channels=args.channels, sigmoid=True), args.samples or None,
-                         progress=not args.quiet, iterations=args.iterations, seed=args.seed)
+        args.out.mkdir(parents=True, exist_ok=True) # a folder that cannot be written is found out before the work
+        if args.command == "demo": scan = demo_scan(args.size, args.angles, args.noise, args.seed)
+        else: scan = load_scan(args.scan, args.angles, args.size, args.bins)
+        solution = solve(scan.to(args.device), UNet(args.scales, args.channels, sigmoid=True), progress=not args.quiet,
+                         iterations=args.iterations, seed=args.seed)
         solution.save(args.out)
-    except (ValueError, TypeError, OSError) as e:
+    except (ValueError, TypeError, OSError, RuntimeError) as e:
         print(f"dip-uq: {e}", file=sys.stderr)
         return 2
     print(headline(solution.summary()))
-    print(f"written: {args.out / 'summary.json'}, report.png, result.safetensors")
+    print(f"written: {', '.join(str(p) for p in sorted(args.out.iterdir()))}")
     return 0

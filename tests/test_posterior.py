@@ -1,0 +1,192 @@
+"Evidence, posterior and held-out check against dense matrices in float64, for every objective and kind of prior."
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.distributions import MultivariateNormal
+
+from dip_uq.calibration import check_held_out
+from dip_uq.data import Scan, simulate
+from dip_uq.dip import reconstruct
+from dip_uq.evidence import fit_evidence, maximise
+from dip_uq.linearization import Linearization
+from dip_uq.networks import UNet
+from dip_uq.operators import as_operator, fan_beam
+from dip_uq.posterior import Posterior
+
+ANGLES, BINS = 8, 20
+
+
+def fan(angles):
+    return fan_beam(angles, (16, 16), BINS, 1.0, source_origin=40, origin_detector=40)
+
+
+def in_float64(recon):
+    "The same reconstruction in double precision: its scan keeps the measurement, everything computed from it is exact."
+    net = copy.deepcopy(recon.net).double()
+    with torch.no_grad(): image = recon.scale * net(recon.z.double())[0, 0]
+    return replace(recon, net=net, z=recon.z.double(), image=image)
+
+
+@pytest.fixture(scope="module")
+def recon():
+    truth = torch.zeros(16, 16)
+    truth[4:12, 5:11], truth[6:9, 7:9] = 1, 0.5
+    scan = simulate(truth, fan(np.linspace(0, 2 * np.pi, ANGLES, endpoint=False)), noise=0.03).hold_out(2)
+    scan = replace(scan, noise_std=None)  # so that it is fitted
+    return in_float64(reconstruct(scan, UNet(3, 6, 2, sigmoid=True), iterations=150, progress=False))
+
+
+def conv_layers(net):
+    return {name: m for name, m in net.named_modules() if isinstance(m, torch.nn.Conv2d)}
+
+
+def dense_prior(net, prior):
+    "Σ_θ, filter by filter from its definition."
+    filters = []
+    for name, m in conv_layers(net).items():
+        block, = (b for b, names in prior.blocks.items() if name in names)
+        taps = np.array([(i, j) for i in range(m.kernel_size[0]) for j in range(m.kernel_size[1])])
+        distance = np.linalg.norm(taps[:, None] - taps, axis=-1)
+        kernel = torch.tensor(prior.variance[block] * np.exp(-distance / prior.length[block]))
+        filters += [kernel] * (m.weight.shape[0] * m.weight.shape[1])
+    return torch.block_diag(*filters)
+
+
+class Dense:
+    "All that the library computes by structure, from the matrices J, A and Σ_θ."
+    def __init__(self, recon, evidence):
+        scan, weights = recon.scan, [m.weight for m in conv_layers(recon.net).values()]
+        out = recon.scale * recon.net(recon.z)[0, 0].flatten()
+        rows = torch.autograd.grad(out, weights, torch.eye(len(out), dtype=torch.float64), is_grads_batched=True)
+        J = torch.cat([g.flatten(1) for g in rows], 1)
+        order = [i for i in range(ANGLES) if i not in scan.held_out] + list(scan.held_out)
+        A = torch.tensor(scan.operator.matrix.toarray(), dtype=torch.float64).view(ANGLES, BINS, -1)[order].flatten(0, 1)
+        self.fitted = BINS * (ANGLES - len(scan.held_out))
+        self.residual = scan.measurement[order].double().flatten() - A @ recon.image.flatten()
+        self.shifted = self.residual + A @ J @ torch.cat([w.detach().flatten() for w in weights])  # y − A (x̂ − Jθ*)
+        K_xx = J @ dense_prior(recon.net, evidence.prior) @ J.T
+        self.K_xy = K_xx @ A.T
+        self.K_yy = A @ self.K_xy + evidence.noise_std**2 * torch.eye(len(A), dtype=torch.float64)
+        self.covariance = K_xx - self.K_xy @ torch.linalg.solve(self.K_yy, self.K_xy.T)
+        self.held = torch.cat([torch.zeros(self.fitted), self.residual[self.fitted:]])  # (0, r_h)
+
+    def log_evidence(self, objective):
+        def density(r, K): return float(MultivariateNormal(torch.zeros_like(r), K).log_prob(r))
+        t = self.fitted
+        if objective == "joint": return density(self.shifted[:t], self.K_yy[:t, :t])
+        return density(self.held, self.K_yy) - density(self.held[:t], self.K_yy[:t, :t])
+
+
+@pytest.fixture(scope="module", params=[(o, s) for o in ("conditional", "joint") for s in (True, False)],
+                ids=lambda p: f"{p[0]}-{'shared' if p[1] else 'blocks'}")
+def case(request, recon):
+    objective, shared = request.param
+    evidence = fit_evidence(Linearization(recon), objective, shared, progress=False)
+    return Posterior(evidence), Dense(recon, evidence), objective
+
+
+def close(a, b, relative=1e-5):  # rays are float32 in the operator, all else is float64
+    assert float((a - b).abs().max()) < relative * float(b.abs().max())
+
+
+def test_ray_covariance(case):
+    posterior, dense, _ = case
+    L = posterior.evidence.factor
+    close(L @ L.T, dense.K_yy)
+
+
+def test_log_evidence(case):
+    posterior, dense, objective = case
+    assert abs(posterior.evidence.value - dense.log_evidence(objective)) < 1e-3
+
+
+def test_mean(case):
+    posterior, dense, _ = case
+    moved = dense.K_xy @ torch.linalg.solve(dense.K_yy, dense.held)
+    close(posterior.mean.flatten() - posterior.lin.recon.image.flatten(), moved)
+
+
+def test_std(case):
+    posterior, dense, _ = case
+    close(posterior.std().flatten(), dense.covariance.diagonal().sqrt())
+    assert torch.equal(posterior.std(chunk=16), posterior.std(chunk=16))
+    close(posterior.std(chunk=7), posterior.std(chunk=16), 1e-10)
+
+
+def test_prediction_of_new_rays(case):
+    posterior, dense, _ = case
+    new = fan([0.3, 2.0])
+    N = torch.tensor(new.matrix.toarray(), dtype=torch.float64)
+    mean, covariance = posterior.predict(new)
+    close(mean.flatten(), N @ posterior.mean.flatten())
+    close(covariance, N @ dense.covariance @ N.T)
+
+
+def test_samples(case):
+    posterior, dense, _ = case
+    n = 1000
+    d, C = torch.cat([x.flatten(1) for x in posterior.deviations(n, seed=1)]), dense.covariance
+    error = ((C.diagonal().outer(C.diagonal()) + C**2) / n).sqrt()  # Monte-Carlo standard error of each entry
+    assert 0.6 < float(((d.T @ d / n - C) / error).square().mean().sqrt()) < 1.5  # 1, but the entries are correlated
+    off = (posterior.sampled_std(n) / posterior.std() - 1).square().mean().sqrt()
+    assert 0.6 < float(off) * (2 * n)**0.5 < 1.5
+
+
+def simulated(posterior, seed):
+    "The evidence with residuals drawn from its own model: r_t = 0, and r_h given that."
+    model, L = posterior.evidence.model, posterior.evidence.factor
+    white = torch.randn(len(L), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    white[:model.training] = 0
+    return replace(posterior.evidence, model=replace(model, residual=L @ white))
+
+
+def test_scale_of_the_models_own_residuals(case):
+    posterior = case[0]
+    checks = [check_held_out(simulated(posterior, seed)) for seed in range(200)]
+    L, noise = posterior.evidence.factor, posterior.evidence.noise_std**2
+    L = L[posterior.model.training:, posterior.model.training:]
+    P = L @ L.T - noise * torch.eye(len(L), dtype=torch.float64)
+    error = 2**0.5 * float((L @ L.T).norm()) / float(P.trace())  # standard error of s² from one draw
+    floor = noise * (2 / len(L))**0.5 * len(L) / float(P.trace())
+    squares = np.array([c.scale**2 for c in checks])
+    assert squares.min() >= min(1, floor) * (1 - 1e-9)
+    if floor < 0.3 and error < 0.4:  # the floor is out of reach, so the estimate is unbiased
+        assert abs(squares.mean() - 1) < 4 * error / 200**0.5
+    z = np.array([c.z_std**2 for c in checks])
+    R = L @ L.T / (L @ L.T).diagonal().sqrt().outer((L @ L.T).diagonal().sqrt())  # correlations of the rays
+    assert abs(z.mean() - 1) < 4 * (2 * float(R.square().sum()))**0.5 / len(R) / 200**0.5
+
+
+def test_the_conditional_fit_recovers_the_variance(recon):
+    "40 draws from the model, known noise: log σ² has no bias beyond four standard errors of the mean."
+    posterior = Posterior(fit_evidence(Linearization(recon), progress=False))
+    true = posterior.evidence.prior.variance["all"]
+    found = [maximise(simulated(posterior, seed).model, "conditional", posterior.evidence.noise_std) for seed in range(40)]
+    off = np.log([f.prior.variance["all"] / true for f in found])
+    assert abs(np.median(off)) < 4 * 1.25 * off.std() / 40**0.5  # 1.25: a median varies more than a mean
+    assert off.std() < 1.5
+
+
+def test_without_held_out_projections(recon):
+    scan = replace(recon.scan, held_out=())
+    evidence = fit_evidence(Linearization(replace(recon, scan=scan)), "joint", progress=False)
+    posterior = Posterior(evidence)
+    assert torch.equal(posterior.mean, posterior.lin.recon.image)  # nothing was kept back that could move it
+    with pytest.raises(ValueError, match="no projection was held out"): check_held_out(evidence)
+
+
+def test_any_operator_will_do():
+    "Nothing below `Scan` asks for rays: a random matrix with twelve 'projections' of ten numbers."
+    matrix = torch.randn(120, 256, generator=torch.Generator().manual_seed(0)) / 16
+    A = as_operator(matrix, domain_shape=(16, 16), range_shape=(12, 10))
+    truth = torch.zeros(16, 16)
+    truth[4:12, 5:11] = 1
+    measured = A(truth) + 0.02 * torch.randn(12, 10, generator=torch.Generator().manual_seed(1))
+    scan = Scan(measured, A, truth, 0.02).hold_out(3)
+    recon = reconstruct(scan, UNet(2, 4, sigmoid=True), iterations=100, progress=False)
+    posterior = Posterior(fit_evidence(Linearization(recon), progress=False))
+    assert posterior.std().isfinite().all() and (posterior.std() > 0).all()
+    assert posterior.predict(A)[1].shape == (120, 120)
