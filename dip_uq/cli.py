@@ -28,10 +28,11 @@ def demo_scan(size: int = 96, angles: int = 30, noise: float = 0.05, seed: int =
     A = fan_beam(turn, (size, size), bins=size, bin_size=1.5, source_origin=3 * size, origin_detector=1.5 * size)
     return replace(simulate(walnut(size, seed), A, noise, seed), name=f"walnut {seed}")
 
-# %% ../nbs/15_cli.ipynb #b0827707
+# %% ../nbs/15_cli.ipynb #d2a7d23d
 def parser() -> argparse.ArgumentParser:
     "The arguments of `dip-uq`."
-    top = argparse.ArgumentParser("dip-uq", description="One noisy linear measurement in, an image with error bars out.")
+    about = "One noisy linear measurement in, an image with error bars out."
+    top = argparse.ArgumentParser("dip-uq", description=about)
     top.add_argument("--version", action="version", version=f"dip_uq {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     demo = commands.add_parser("demo", help="simulate a walnut slice and reconstruct it, in about two minutes",

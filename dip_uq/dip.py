@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['STOPS', 'total_variation', 'psnr', 'first_guess', 'picture', 'descend', 'choose_iterate', 'save_tensors',
-           'load_tensors', 'Reconstruction', 'named', 'check_same_scan', 'revive', 'check_arguments', 'reconstruct']
+           'load_tensors', 'Reconstruction', 'named', 'check_same_scan', 'revive', 'tv_for_noise', 'check_arguments',
+           'reconstruct']
 
 # %% ../nbs/03_dip.ipynb #3b50f94f
 import copy
@@ -35,13 +36,14 @@ def psnr(image: Tensor, truth: Tensor) -> float:
     "Peak signal-to-noise ratio in dB; the peak is the range (max − min) of `truth`."
     return float(20 * torch.log10((truth.max() - truth.min()) / (image - truth).square().mean().sqrt()))
 
-# %% ../nbs/03_dip.ipynb #123b95fa
+# %% ../nbs/03_dip.ipynb #ab8b9750
 def first_guess(scan: Scan) -> tuple[Tensor, float]:
     "The network's input z (1, 1, H, W): ten CGLS steps on the training rays, scaled to about 1, and that scale."
     image = cgls(scan.training.operator, scan.training.measurement, 10)
     typical, peak = float(image.abs().quantile(0.99)), float(image.abs().max())
-    if not peak > 0: raise ValueError("scan.measurement: all rays to be fitted are zero, so there is no image to scale; "
-                                      "check that the measurement is log-transformed attenuation and not empty")
+    if not peak > 0:
+        raise ValueError("scan.measurement: all rays to be fitted are zero, so there is no image to scale; check that "
+                         "the measurement is log-transformed attenuation and not empty")
     scale = typical if peak < 2 * typical else peak
     return (image / scale)[None, None], scale
 
@@ -77,14 +79,14 @@ def descend(net: nn.Module, z: Tensor, scale: float, scan: Scan, tv: float, iter
         optimizer.step()
         schedule.step()
 
-# %% ../nbs/03_dip.ipynb #8ddd319e
+# %% ../nbs/03_dip.ipynb #7b044ec9
 STOPS = "heldout", "discrepancy", "fixed"
 
 def choose_iterate(steps: Iterable[dict[str, float]], # losses of one iterate after the other, as from `descend`
                    net: nn.Module, # has the weights of the iterate that was yielded last
                    stop: str, # one of `STOPS`
                    goal: float, # data error at which "discrepancy" stops
-                  ) -> tuple[list[dict], int, dict[str, Tensor], str]: # history, iterate, its weights, why the run ended
+                  ) -> tuple[list[dict], int, dict[str, Tensor], str]: # history, iterate, its weights, why it ended
     "Run the steps, and choose one iterate by the rule `stop`; KeyboardInterrupt ends the run with the best so far."
     history, lowest, chosen, why = [], math.inf, None, "all iterations done"
     try:
@@ -117,7 +119,7 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     except Exception as e:
         raise ValueError(f"path: {str(path)!r} is not a complete file saved by dip_uq ({e}); save it again") from e
 
-# %% ../nbs/03_dip.ipynb #744d472d
+# %% ../nbs/03_dip.ipynb #5e39a3cf
 @dataclass(frozen=True, eq=False, repr=False)
 class Reconstruction:
     "A fitted deep image prior: `image` = `scale` · `net`(`z`), and how it came about."
@@ -156,10 +158,11 @@ class Reconstruction:
         check_same_scan(scan, tensors["measurement"], tensors["image"], path)
         history = {k: v.numpy() for k, v in named(tensors, "history.").items()}
         tensors = {k: v.to(scan.measurement.device) for k, v in tensors.items()}
-        return cls(tensors["image"], revive(net, named(tensors, "net."), *about["network"]), tensors["z"], about["scale"],
-                   replace(scan, held_out=tuple(about["held_out"])), history, about["settings"])
+        net = revive(net, named(tensors, "net."), *about["network"])
+        scan = replace(scan, held_out=tuple(about["held_out"]))
+        return cls(tensors["image"], net, tensors["z"], about["scale"], scan, history, about["settings"])
 
-# %% ../nbs/03_dip.ipynb #20e02f64
+# %% ../nbs/03_dip.ipynb #8d01df6c
 def named(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     "Those tensors whose names begin with `prefix`, without it."
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
@@ -179,17 +182,26 @@ def revive(net: nn.Module | None, weights: dict[str, Tensor], name: str, setting
     net = copy.deepcopy(net) if new is None else new
     try: net.load_state_dict(weights, assign=True)
     except RuntimeError as e:
-        raise ValueError(f"net: the weights of the saved {name} do not fit a {type(net).__name__} like this ({e})") from e
+        raise ValueError(f"net: the weights of the saved {name} do not fit a {type(net).__name__} like this; "
+                         f"pass one with the same settings ({e})") from e
     return net.eval()
 
-# %% ../nbs/03_dip.ipynb #649cb813
+# %% ../nbs/03_dip.ipynb #bdc75631
+def tv_for_noise(scan: Scan) -> float:
+    "γ = 2ασ² / (d_y mean y²) with α = 2; where `noise_std` is unknown, σ is taken as 1 % of the root mean square of y."
+    power = float(scan.measurement.square().mean())
+    noise = 1e-4 * power if scan.noise_std is None else scan.noise_std**2
+    return 4 * noise / (scan.measurement.numel() * power) if power > 0 else 0.0
+
+# %% ../nbs/03_dip.ipynb #16a6af29
 def check_arguments(scan: Scan, net: nn.Module | None, stop: str) -> None:
     "Raise TypeError or ValueError for arguments of `reconstruct` that cannot work."
     if not isinstance(scan, Scan): raise TypeError(f"scan is a {type(scan).__name__}; make a dip_uq.data.Scan of it")
     if net is not None and not isinstance(net, nn.Module):
         raise TypeError(f"net is {net!r}, expected a torch module: pass an object such as UNet(), not its class")
     if len(scan.operator.domain_shape) != 2:
-        raise ValueError(f"scan: images of shape {tuple(scan.operator.domain_shape)}; only 2-D images (H, W) are supported")
+        raise ValueError(f"scan: its images have shape {scan.operator.domain_shape}, but only 2-D images (H, W) are "
+                         "supported: take a slice")
     if stop not in STOPS: raise ValueError(f"stop: {stop!r} is unknown; choose one of {', '.join(STOPS)}")
     if stop == "discrepancy" and not scan.noise_std:
         raise ValueError(f"stop: 'discrepancy' needs scan.noise_std above 0, but it is {scan.noise_std}; give it, or "
@@ -197,34 +209,37 @@ def check_arguments(scan: Scan, net: nn.Module | None, stop: str) -> None:
     if stop == "heldout" and len(scan.measurement) < 2:
         raise ValueError("stop: 'heldout' needs at least 2 projections, and the scan has 1; stop by 'fixed'")
 
-# %% ../nbs/03_dip.ipynb #f614621e
+# %% ../nbs/03_dip.ipynb #52defbbc
 def reconstruct(scan: Scan, # what was measured; its truth, if any, is only scored
                 net: nn.Module | None = None, # (1, 1, H, W) → (1, 1, H, W); `UNet(sigmoid=True)` by default
-                tv: float = 1e-7, # γ, the weight of |x|_TV, where x is in units of the scale
+                tv: float | None = None, # γ, the weight of |x|_TV, x in units of the scale; None: `tv_for_noise`
                 iterations: int = 1500, # Adam steps at most
                 stop: str = "heldout", # rule: "heldout", "discrepancy" or "fixed"
                 learning_rate: float = 5e-3, # peak of the one-cycle schedule
                 seed: int = 0, # of the initial weights
                 progress: bool = True, # show a progress bar
                ) -> Reconstruction:
-    """Minimise mean (Ax − y)² / mean y² + γ |x / scale|_TV over x = scale · f_θ(z), and return the iterate that `stop` chooses.
+    """Minimise mean (Ax − y)² / mean y² + γ |x / scale|_TV over x = scale · f_θ(z); `stop` chooses the iterate.
 
-    Projections in `scan.held_out` are never fitted; where there are none, "heldout" keeps every sixth. KeyboardInterrupt
-    returns the best so far. Raises ValueError or TypeError for arguments that cannot work and for a loss that diverges.
-    Sources: Ulyanov et al. 2018, Baguer et al. 2020.
+    Projections in `scan.held_out` are never fitted; where there are none, "heldout" keeps every sixth.
+    KeyboardInterrupt returns the best so far. Raises ValueError or TypeError for arguments that cannot work and for a
+    loss that diverges. Sources: Ulyanov et al. 2018, Baguer et al. 2020.
     """
     check_arguments(scan, net, stop)
-    tv, learning_rate = _positive("tv", tv, zero=True), _positive("learning_rate", learning_rate)
+    tv = tv_for_noise(scan) if tv is None else _positive("tv", tv, zero=True)
+    learning_rate = _positive("learning_rate", learning_rate)
     iterations, seed = _whole("iterations", iterations), _whole("seed", seed, 0)
     if stop == "heldout" and not scan.held_out: scan = scan.hold_out(max(1, round(len(scan.measurement) / 6)))
     z, scale = first_guess(scan)
     goal = scan.noise_std**2 / float(scan.training.measurement.square().mean()) if stop == "discrepancy" else 0
     with seeded(seed):
         net = fresh(UNet(sigmoid=True) if net is None else net, seed).to(z)
-        steps = tqdm(descend(net, z, scale, scan, tv, iterations, learning_rate), "DIP", iterations, disable=not progress)
-        history, iteration, weights, why = choose_iterate(steps, net, stop, goal)
+        steps = descend(net, z, scale, scan, tv, iterations, learning_rate)
+        bar = tqdm(steps, "DIP", iterations, disable=not progress)
+        history, iteration, weights, why = choose_iterate(bar, net, stop, goal)
     net.load_state_dict(weights)
     with torch.no_grad(): image = scale * picture(net.eval(), z)
     settings = dict(tv=tv, iterations=iterations, stop=stop, learning_rate=learning_rate, seed=seed,
                     iteration=iteration, stopped=why)
-    return Reconstruction(image, net, z, scale, scan, {k: np.array([h[k] for h in history]) for k in history[0]}, settings)
+    arrays = {k: np.array([h[k] for h in history]) for k in history[0]}
+    return Reconstruction(image, net, z, scale, scan, arrays, settings)

@@ -16,7 +16,7 @@ import torch
 
 # %% auto #0
 __all__ = ['LinearOperator', 'MatrixOperator', 'require_memory', 'ray_matrix', 'Geometry', 'RayTransform', 'parallel_beam',
-           'fan_beam', 'adjoint_error', 'as_operator', 'fbp', 'cgls']
+           'fan_beam', 'field_of_view', 'adjoint_error', 'as_operator', 'fbp', 'cgls']
 
 # %% ../nbs/00_operators.ipynb #c2aafd5b
 def _check_shape(
@@ -384,6 +384,12 @@ def _ray_transform(geometry, shape):
                          f"be at least half the image's side, {half:.6g}: are all lengths in one unit?")
     starts, ends = geometry.rays(math.hypot(*shape) * geometry.pixel_size)
     return RayTransform(ray_matrix(starts, ends, shape, geometry.pixel_size), shape, geometry)
+
+# %% ../nbs/00_operators.ipynb #6ca71f78
+def field_of_view(A: LinearOperator) -> torch.Tensor:  # domain_shape, bool
+    "The pixels that every projection (index along the first axis of a measurement) sees."
+    ones = [torch.ones(A[[i]].range_shape) for i in range(A.range_shape[0])]
+    return torch.stack([A[[i]].T(y) != 0 for i, y in enumerate(ones)]).all(0)
 
 # %% ../nbs/00_operators.ipynb #7ef60233
 def adjoint_error(

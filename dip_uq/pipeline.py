@@ -6,7 +6,7 @@
 __all__ = ['Solution', 'peak_memory_mb', 'versions', 'write_whole', 'solve', 'draw_report', 'draw_error_against_std',
            'draw_calibration', 'small_text', 'headline']
 
-# %% ../nbs/12_pipeline.ipynb #b5566ace
+# %% ../nbs/12_pipeline.ipynb #030292d8
 import json
 import os
 import platform
@@ -30,11 +30,11 @@ from .data import Scan
 from .dip import Reconstruction, psnr, reconstruct, save_tensors
 from .evidence import Evidence, fit_evidence
 from .linearization import Linearization
-from .operators import RayTransform, fbp
+from .operators import RayTransform, fbp, field_of_view
 from .plotting import show_image
 from .posterior import Posterior
 
-# %% ../nbs/12_pipeline.ipynb #b724cd69
+# %% ../nbs/12_pipeline.ipynb #df72b847
 @dataclass(frozen=True)
 class Solution:
     "An image with error bars, all that led to it, and what the held-out projections say about it."
@@ -68,29 +68,38 @@ class Solution:
         prior = evidence.prior
         scores = self.scores(self.std) | dict(raw=self.scores(self.raw_std))
         return dict(
-            name=scan.name, d_x=self.image.numel(), d_y=scan.measurement.numel(), parameters=self.posterior.lin.parameters,
+            name=scan.name, d_x=self.image.numel(), d_y=scan.measurement.numel(),
+            parameters=self.posterior.lin.parameters,
             held_out=list(self.recon.scan.held_out), **scores, **self.image_scores(),
             heldout_zstd=self.check.z_std, heldout_coverage95=self.check.coverage95, heldout_scale=self.check.scale,
             noise_std=evidence.noise_std, std_method=self.std_method,
-            evidence=dict(value=evidence.value, method="exact", objective=evidence.objective, evaluations=evidence.evaluations),
+            evidence=dict(value=evidence.value, method="exact", objective=evidence.objective,
+                          evaluations=evidence.evaluations),
             prior={b: dict(variance=prior.variance[b], length=prior.length[b]) for b in prior.blocks},
-            reconstruction=self.recon.settings, seed=self.recon.settings["seed"], seconds=self.seconds,
-            peak_memory_mb=peak_memory_mb(), command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), versions=versions())
+            reconstruction=self.recon.settings, seed=self.recon.settings["seed"],
+            seconds=self.seconds, peak_memory_mb=peak_memory_mb(), versions=versions(),
+            command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]))
 
-    def scores(self, std: Tensor) -> dict:
+    def scores(self, std: Tensor, where: Tensor | None = None) -> dict:
         "zstd, coverage95, log likelihood per pixel and rank correlation of `std` with |error|; None without truth."
         if self.scan.truth is None: return dict.fromkeys(("zstd", "coverage95", "log_likelihood", "spearman"))
-        error = self.image - self.scan.truth
+        where = torch.ones_like(std, dtype=torch.bool) if where is None else where.to(std.device)
+        error, std = (self.image - self.scan.truth)[where], std[where]
         return dict(zstd=z_std(error, std), coverage95=coverage(error, std), log_likelihood=log_likelihood(error, std),
-                    spearman=float(spearmanr(error.abs().cpu().flatten(), std.cpu().flatten())[0]))
+                    spearman=float(spearmanr(error.abs().cpu(), std.cpu())[0]))
 
     def image_scores(self) -> dict:
         "PSNR (peak: range of the truth) and SSIM of the image, and the PSNR of FBP and of DIP before the update."
         truth = self.scan.truth
-        if truth is None: return dict.fromkeys(("psnr", "psnr_dip", "psnr_fbp", "ssim"))
-        ssim = structural_similarity(truth.cpu().numpy(), self.image.cpu().numpy(), data_range=float(truth.max() - truth.min()))
+        if truth is None: return dict.fromkeys(("psnr", "psnr_dip", "psnr_fbp", "ssim", "field_of_view"))
+        span = float(truth.max() - truth.min())
+        ssim = structural_similarity(truth.cpu().numpy(), self.image.cpu().numpy(), data_range=span)
+        seen = field_of_view(self.scan.operator).to(truth.device)
         return dict(psnr=psnr(self.image, truth), psnr_dip=psnr(self.recon.image, truth),
-                    psnr_fbp=None if self.fbp is None else psnr(self.fbp, truth), ssim=float(ssim))
+                    psnr_fbp=None if self.fbp is None else psnr(self.fbp, truth), ssim=float(ssim),
+                    field_of_view=dict(pixels=int(seen.sum()), psnr=psnr(self.image[seen], truth[seen]),
+                                       psnr_fbp=None if self.fbp is None else psnr(self.fbp[seen], truth[seen]),
+                                       **self.scores(self.std, seen)))
 
     def report(self) -> Figure:
         "One page: the image beside FBP and truth, its error bars, and whether they are honest."
@@ -106,7 +115,7 @@ class Solution:
         write_whole(folder / "summary.json", json.dumps(self.summary(), indent=2).encode())
         self.report().savefig(folder / "report.png", dpi=140)
 
-# %% ../nbs/12_pipeline.ipynb #1cfbf9ac
+# %% ../nbs/12_pipeline.ipynb #28a8b52e
 def peak_memory_mb() -> float:
     "The most memory that this process has held, in MB (2²⁰ bytes)."
     try: import resource
@@ -115,7 +124,8 @@ def peak_memory_mb() -> float:
 
 def versions() -> dict[str, str]:
     "What ran: Python, dip_uq and the libraries whose numbers the result depends on."
-    return dict(python=platform.python_version(), **{name: version(name) for name in ("dip_uq", "torch", "numpy", "scipy")})
+    libraries = "dip_uq", "torch", "numpy", "scipy"
+    return dict(python=platform.python_version(), **{name: version(name) for name in libraries})
 
 def write_whole(path: Path, data: bytes) -> None:
     "Write a file that appears only once it is complete."
@@ -123,7 +133,7 @@ def write_whole(path: Path, data: bytes) -> None:
     part.write_bytes(data)
     os.replace(part, path)
 
-# %% ../nbs/12_pipeline.ipynb #c737fc23
+# %% ../nbs/12_pipeline.ipynb #a47e010c
 def solve(scan: Scan, # what was measured
           net: nn.Module | None = None, # `UNet(sigmoid=True)` by default
           samples: int | None = None, # for the standard deviation; 0: exact; None: exact up to 10⁴ pixels, 512 beyond
@@ -132,8 +142,8 @@ def solve(scan: Scan, # what was measured
          ) -> Solution:
     "Reconstruct, linearise, choose hyperparameters on the held-out projections, compute error bars and check them."
     if not isinstance(scan, Scan):
-        raise TypeError(f"scan: {type(scan).__name__} is not a Scan; make one with load_scan(path) or Scan(measurement, operator)")
-    if samples is not None and samples < 0: raise ValueError(f"samples: {samples} must be 0 (exact) or more")
+        raise TypeError(f"scan: {type(scan).__name__} is not a Scan; make one with load_scan(path) or Scan(...)")
+    if samples is not None and samples < 0: raise ValueError(f"samples={samples} must be 0 (exact) or more")
     start = perf_counter()
     recon = reconstruct(scan, net, stop="heldout", progress=progress, **fit)
     fitted = perf_counter()
@@ -146,7 +156,7 @@ def solve(scan: Scan, # what was measured
     seconds = dict(dip=fitted - start, **evidence.seconds, posterior=end - chosen, total=end - start)
     return Solution(scan, recon, posterior, check, raw_std, f"{samples} samples" if samples else "exact", seconds)
 
-# %% ../nbs/12_pipeline.ipynb #016694f6
+# %% ../nbs/12_pipeline.ipynb #465629ce
 def draw_report(s: Solution) -> Figure:
     "Images on top, the honesty of the error bars below; without ground truth the held-out rays stand in for errors."
     fig, axes = plt.subplots(2, 4, figsize=(12, 6), dpi=80, layout="constrained")
@@ -163,7 +173,7 @@ def draw_report(s: Solution) -> Figure:
         axes[1, 0].set_aspect("auto")
     if truth is not None:
         error = (image - shown).abs()
-        show_image(axes[1, 1], error, "|error|, scale of the standard deviation", unit, 0, float(std.max()), cmap="magma")
+        show_image(axes[1, 1], error, "|error|", unit, 0, float(std.max()), cmap="magma")
         draw_error_against_std(axes[1, 2], error.flatten(), std.flatten(), unit)
     else:
         for ax in axes[1, 1:3]: ax.set_axis_off()
@@ -175,7 +185,8 @@ def draw_report(s: Solution) -> Figure:
 def draw_error_against_std(ax: plt.Axes, error: Tensor, std: Tensor, unit: str, groups: int = 12) -> None:
     "Root-mean-square error of equal groups of pixels, sorted by their predicted standard deviation."
     order = std.argsort()
-    predicted, found = (torch.stack([v[i].square().mean().sqrt() for i in order.tensor_split(groups)]) for v in (std, error))
+    parts = order.tensor_split(groups)
+    predicted, found = (torch.stack([v[i].square().mean().sqrt() for i in parts]) for v in (std, error))
     ax.plot(predicted, found, "o-", ms=4)
     top = float(torch.maximum(predicted.max(), found.max())) * 1.05
     ax.plot([0, top], [0, top], "k--", lw=1)
@@ -207,6 +218,8 @@ def headline(summary: dict) -> str:
     "The figures that matter most, in one line."
     parts = [summary["name"], f"{len(summary['held_out'])} of the projections held out"]
     if summary["psnr"] is not None:
+        seen = summary["field_of_view"]
         parts += [f"PSNR {summary['psnr']:.1f} dB", f"SSIM {summary['ssim']:.2f}", f"z-std {summary['zstd']:.2f}",
-                  f"coverage of 95 % intervals {summary['coverage95']:.2f}"]
+                  f"coverage of 95 % intervals {summary['coverage95']:.2f}",
+                  f"in the field of view {seen['psnr']:.1f} dB, {seen['zstd']:.2f}, {seen['coverage95']:.2f}"]
     return "   ·   ".join(parts + [f"held-out z-std {summary['heldout_zstd']:.2f}"])

@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
-# %% ../nbs/00_plotting.ipynb #3826b8a7
+# %% ../nbs/00_plotting.ipynb #b6b0d73f
 def show_images(images: Mapping[str, ArrayLike], # title → image (H, W), array or tensor
                 cols: int | None = None, # images in a row; all in one row by default
                 unit: str = "", # of the grey values, written at every colour bar
@@ -25,7 +25,8 @@ def show_images(images: Mapping[str, ArrayLike], # title → image (H, W), array
     "Show titled images side by side, each with a colour bar."
     cols = cols or len(images)
     rows = -(-len(images) // cols)
-    fig, axes = plt.subplots(rows, cols, figsize=(width * cols, 0.92 * width * rows), squeeze=False, layout="constrained")
+    size = width * cols, 0.92 * width * rows
+    fig, axes = plt.subplots(rows, cols, figsize=size, squeeze=False, layout="constrained")
     for ax in axes.flat: ax.axis("off")
     for ax, (title, image) in zip(axes.flat, images.items()): show_image(ax, image, title, unit, vmin, vmax, cmap)
     plt.close(fig)

@@ -18,7 +18,7 @@ from .evidence import Evidence
 from .linearization import unit_vectors
 from .operators import LinearOperator
 
-# %% ../nbs/09_sampling.ipynb #fc00da2e
+# %% ../nbs/09_sampling.ipynb #a430a4e0
 class Posterior:
     "x | y ~ N(mean, scale² · Σ_{x|y}) of the linear model, given all rays: those fitted and those held out."
     def __init__(self,
@@ -47,7 +47,10 @@ class Posterior:
         return (jacobian @ moved.T).double(), cross
 
     def std(self, chunk: int = 16, progress: bool = False) -> Tensor: # (H, W)
-        "The exact standard deviation of every pixel, from the rows of J, `chunk` at a time; resolved to √eps of the prior's."
+        """The exact standard deviation of every pixel, from the rows of J, `chunk` at a time.
+
+        A difference of variances: what is below the precision (eps) of the prior variance is raised to that.
+        """
         image = self.lin.recon.image
         variance, smallest = image.new_empty(image.numel()), torch.finfo(image.dtype).eps
         for i in tqdm(range(0, len(variance), chunk), "std", disable=not progress):
@@ -78,8 +81,8 @@ class Posterior:
     def predict(self, operator: LinearOperator) -> tuple[Tensor, Tensor]: # mean range_shape, covariance (d, d)
         "Noise-free rays A x of another `operator`: their mean, and their covariance A Σ_{x|y} Aᵀ."
         if tuple(operator.domain_shape) != tuple(self.lin.recon.image.shape):
-            raise ValueError(f"operator: it takes images of shape {tuple(operator.domain_shape)}, but the posterior's have "
-                             f"{tuple(self.lin.recon.image.shape)}; build it for these")
+            raise ValueError(f"operator: it takes images of shape {tuple(operator.domain_shape)}, but the posterior's "
+                             f"have {tuple(self.lin.recon.image.shape)}; build it for these")
         prior, cross = self.covariance_with(self.lin.rows(operator))
         return operator(self.mean), self.scale**2 * (prior - cross.T @ cross)
 

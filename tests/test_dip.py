@@ -1,0 +1,274 @@
+"""The deep image prior: what is too bulky for its notebook. Every rule, operator, interruption and file."""
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import scipy.sparse.linalg as spl
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from skimage.metrics import peak_signal_noise_ratio
+from torch import nn
+
+from dip_uq.data import ellipses, simulate
+from dip_uq.dip import Reconstruction, load_tensors, psnr, reconstruct, save_tensors, total_variation
+from dip_uq.networks import UNet
+from dip_uq.operators import LinearOperator, as_operator, fan_beam
+
+SHAPE = 14, 16
+TRUTH = torch.nn.functional.pad(ellipses(14, 1), (1, 1))
+STOPS = "heldout", "discrepancy", "fixed"
+NET = UNet(2, 4)
+
+
+def blur(x): return torch.nn.functional.avg_pool2d(x[:, None], 3, 1, padding=1)[:, 0]
+
+
+def sensing(rows):
+    return torch.randn(rows, 224, generator=torch.Generator().manual_seed(0), dtype=torch.float64) / 15
+
+
+OPERATORS = dict(
+    rays=fan_beam(np.arange(12) * np.pi / 6, SHAPE, bins=16, bin_size=1.5, source_origin=60., origin_detector=30.),
+    blur=as_operator((blur, blur), SHAPE),
+    sensing=as_operator(sensing(100), SHAPE),
+    scipy=as_operator(spl.aslinearoperator(sensing(60).numpy()), SHAPE, (6, 10)),
+)
+
+
+@pytest.fixture(params=OPERATORS)
+def scan(request): return simulate(TRUTH, OPERATORS[request.param], noise=0.1)
+
+
+def fit(scan, net=NET, **options):
+    return reconstruct(scan, net, **dict(tv=1e-4, iterations=25, learning_rate=0.02, progress=False) | options)
+
+
+def weights(recon): return torch.cat([p.detach().flatten() for p in recon.net.parameters()])
+
+
+def assert_same(a, b):
+    assert torch.equal(weights(a), weights(b)) and torch.equal(a.image, b.image)
+
+
+def assert_consistent(recon):
+    "The image, the network, the history and the settings speak of the same iterate."
+    k, power = recon.settings["iteration"], recon.scan.training.measurement.square().mean()
+    with torch.no_grad():
+        assert torch.equal(recon.scale * recon.net(recon.z)[0, 0], recon.image)
+        for part, key in ((recon.scan.training, "data"), (recon.scan.validation if recon.scan.held_out else None, "held_out")):
+            if part is None: continue
+            error = (part.operator(recon.image) - part.measurement).square().mean() / power
+            assert recon.history[key][k] == pytest.approx(float(error), rel=1e-4)
+    assert recon.history["psnr"][k] == pytest.approx(psnr(recon.image, recon.scan.truth), abs=1e-3)
+    loss = recon.history["data"] + recon.settings["tv"] * recon.history["tv"]
+    np.testing.assert_allclose(recon.history["loss"], loss, rtol=1e-5)
+
+
+# Every operator
+
+
+@pytest.mark.parametrize("stop", STOPS)
+def test_every_operator(scan, stop):
+    if stop == "discrepancy": scan = simulate(TRUTH, scan.operator, noise=0.4)
+    recon = fit(scan, stop=stop, iterations=200 if stop == "discrepancy" else 25)
+    assert_consistent(recon)
+    iterate, errors = recon.settings["iteration"], recon.history
+    if stop == "fixed": assert iterate == 24 and len(errors["loss"]) == 25
+    if stop == "heldout":
+        assert iterate == errors["held_out"].argmin()
+        assert len(recon.scan.held_out) == round(len(scan.measurement) / 6)
+    if stop == "discrepancy":
+        limit = scan.noise_std * scan.measurement.numel()**0.5
+        misfits = np.sqrt(errors["data"]) * float(scan.measurement.norm())
+        assert recon.settings["stopped"] == "discrepancy reached"
+        assert iterate > 0 and misfits[iterate] <= limit and (misfits[:iterate] > limit).all()
+    else: assert errors["data"][iterate] < 0.5
+
+
+def test_held_out_and_truth_have_no_influence(scan):
+    scan = scan.hold_out(2)
+    spoilt = scan.measurement.clone()
+    spoilt[list(scan.held_out)] = 1e3
+    assert_same(fit(scan, stop="fixed"), fit(replace(scan, measurement=spoilt, truth=None), stop="fixed"))
+    assert_same(fit(scan), fit(replace(scan, truth=1 - TRUTH)))
+    touched = scan.measurement.clone()
+    touched[0] += 0.1
+    assert not torch.equal(fit(scan, stop="fixed").image, fit(replace(scan, measurement=touched), stop="fixed").image)
+
+
+def test_float64(scan, tmp_path):
+    recon = fit(replace(scan, measurement=scan.measurement.double()))
+    assert recon.image.dtype == weights(recon).dtype == torch.float64
+    recon.save(tmp_path / "a")
+    assert_same(recon, Reconstruction.load(tmp_path / "a", recon.scan))
+
+
+RAYS = simulate(TRUTH, OPERATORS["rays"], noise=0.1)
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 3, 4, 5])
+def test_few_iterations(iterations):
+    for stop in STOPS:
+        recon = fit(RAYS, iterations=iterations, stop=stop)
+        assert_consistent(recon)
+        assert len(recon.history["loss"]) <= iterations
+
+
+def test_one_projection_can_be_fitted():
+    one = replace(RAYS, measurement=RAYS.measurement[:1], operator=RAYS.operator[:1])
+    assert_consistent(fit(one, stop="fixed"))
+    with pytest.raises(ValueError, match="needs at least 2 projections, and the scan has 1"): fit(one)
+
+
+# Randomness
+
+
+def test_repeatable_whatever_the_global_state():
+    torch.manual_seed(1)
+    one = fit(RAYS, None, iterations=3)  # the default network is drawn inside
+    state = torch.manual_seed(2).get_state()
+    two = fit(RAYS, None, iterations=3)
+    assert_same(one, two)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not torch.equal(one.image, fit(RAYS, None, iterations=3, seed=1).image)
+
+
+def test_the_given_network_is_not_touched():
+    before = {k: v.clone() for k, v in NET.state_dict().items()}
+    fit(RAYS)
+    assert NET.training and all(torch.equal(v, before[k]) for k, v in NET.state_dict().items())
+
+
+def test_dropout_and_batchnorm():
+    net = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.5), nn.Conv2d(8, 1, 1))
+    state = torch.get_rng_state()
+    one, two = fit(RAYS, net), fit(RAYS, net)
+    assert_same(one, two)
+    assert torch.equal(torch.get_rng_state(), state)
+    with torch.no_grad(): assert torch.equal(one.scale * one.net(one.z)[0, 0], one.image)  # without dropout
+
+
+# Interruption
+
+
+class Interrupted(LinearOperator):
+    "The operator of `RAYS`; the call number `at` after arming is interrupted."
+    def __init__(self, A):
+        super().__init__(A.domain_shape, A.range_shape, A, A.T)
+        self.left = 0
+
+    def __call__(self, x):
+        self.left -= 1
+        if self.left == 0: raise KeyboardInterrupt
+        return super().__call__(x)
+
+
+@pytest.mark.parametrize("stop", STOPS)
+@pytest.mark.parametrize("at", [2, 3, 9, 25])
+def test_interruption_returns_the_best_so_far(stop, at):
+    scan = replace(RAYS, operator=Interrupted(RAYS.operator), held_out=(2, 7))
+    whole = fit(scan, stop=stop)
+    scan.operator.left = 10 + at  # CGLS comes first
+    recon = fit(scan, stop=stop)
+    scan.operator.left = 0
+    assert recon.settings["stopped"] == "interrupted" or len(whole.history["loss"]) < at
+    seen = len(recon.history["loss"])
+    np.testing.assert_array_equal(recon.history["loss"], whole.history["loss"][:seen])
+    assert recon.settings["iteration"] == (recon.history["held_out"].argmin() if stop == "heldout" else seen - 1)
+    assert_consistent(recon)
+
+
+def test_interruption_before_there_is_anything():
+    scan = replace(RAYS, operator=Interrupted(RAYS.operator), held_out=(2, 7))
+    scan.operator.left = 11
+    with pytest.raises(KeyboardInterrupt): fit(scan)
+
+
+# Files
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    recon = fit(RAYS, seed=np.int64(3), tv=np.float32(1e-4), iterations=np.int32(5))
+    path = tmp_path_factory.mktemp("files") / "new" / "folder" / "recon.safetensors"
+    recon.save(path)
+    return recon, path
+
+
+def test_round_trip(saved):
+    recon, path = saved
+    state = torch.get_rng_state()
+    loaded = Reconstruction.load(path, RAYS)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert_same(loaded, recon)
+    assert (loaded.settings, loaded.scale, loaded.scan.held_out) == (recon.settings, recon.scale, recon.scan.held_out)
+    assert loaded.net.settings == recon.net.settings and not loaded.net.training
+    for key, values in recon.history.items(): np.testing.assert_array_equal(loaded.history[key], values)
+    assert [p.name for p in path.parent.iterdir()] == [path.name]  # nothing half-written beside it
+
+
+def test_other_networks_are_passed(tmp_path):
+    class Small(UNet): pass
+    recon = fit(RAYS, Small(2, 4))
+    recon.save(tmp_path / "a")
+    with pytest.raises(ValueError, match="the file holds a Small; pass such a network"): Reconstruction.load(tmp_path / "a", RAYS)
+    given = Small(2, 4)
+    before = given.first[0].weight.clone()
+    assert_same(Reconstruction.load(tmp_path / "a", RAYS, given), recon)
+    assert torch.equal(given.first[0].weight, before)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(share=st.floats(0, 1, exclude_max=True))
+def test_truncated_file(saved, share):
+    _, path = saved
+    content = path.read_bytes()
+    cut = path.with_name("cut")
+    cut.write_bytes(content[:int(share * len(content))])
+    with pytest.raises(ValueError, match="cut' is not a complete file"): Reconstruction.load(cut, RAYS)
+    cut.unlink()
+
+
+def test_foreign_files(saved, tmp_path):
+    recon, path = saved
+    for other in (replace(RAYS, measurement=RAYS.measurement + 0.1),
+                  simulate(TRUTH, OPERATORS["sensing"]), simulate(TRUTH.T, as_operator(sensing(192), SHAPE[::-1], (12, 16)))):
+        with pytest.raises(ValueError, match="made from another one"): Reconstruction.load(path, other)
+    nearly = replace(RAYS, measurement=RAYS.measurement * (1 + 1e-6))  # another machine's rounding
+    assert torch.equal(Reconstruction.load(path, nearly).image, recon.image)
+    with pytest.raises(ValueError, match="not a complete file"): load_tensors(tmp_path)
+    save_tensors(tmp_path / "b", {"x": torch.ones(2, 3).T}, {"a": [1]})
+    tensors, about = load_tensors(tmp_path / "b")
+    assert torch.equal(tensors["x"], torch.ones(3, 2)) and about == {"a": [1]}
+
+
+# Scores
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(shape=st.lists(st.integers(1, 6), min_size=2, max_size=3), seed=st.integers(0, 99))
+def test_total_variation_and_psnr(shape, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x, y = (torch.rand(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    tv = sum(np.abs(np.diff(x.numpy(), axis=k)).sum() for k in range(len(shape)))
+    assert float(total_variation(x)) == pytest.approx(tv, rel=1e-12)
+    assert float(total_variation(3 - 2 * x)) == pytest.approx(2 * tv, rel=1e-12)
+    if x.numel() > 1:
+        expected = peak_signal_noise_ratio(x.numpy(), y.numpy(), data_range=float(x.max() - x.min()))
+        assert psnr(y, x) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(tv=float("nan")), "tv has 1 NaN"), (dict(tv="much"), "tv must hold numbers"),
+    (dict(iterations=2.5), "iterations must be a whole number"), (dict(learning_rate=float("inf")), "learning_rate has 1 NaN"),
+    (dict(seed=-1), "seed=-1 is out of range"), (dict(stop=None), "stop: None is unknown"), (dict(net=3), "net is 3, expected"),
+    (dict(net=nn.Conv2d(1, 1, 3)), r"maps \(1, 1, 14, 16\) to \(1, 1, 12, 14\); it must keep the shape"),
+])
+def test_bad_arguments(options, message):
+    with pytest.raises((ValueError, TypeError), match=message): fit(RAYS, **options)
+
+
+def test_noiseless_scan_has_no_discrepancy():
+    with pytest.raises(ValueError, match="needs scan.noise_std above 0, but it is 0.0"):
+        fit(replace(RAYS, noise_std=0), stop="discrepancy")
