@@ -40,7 +40,7 @@ def log_likelihood(error: Tensor, std: Tensor) -> float:
     "Mean over the pixels of log N(error; 0, std²), in nats; depends on the unit of the image."
     return float(log_density(_standardised(error, std) * std.double(), std.double()).mean())
 
-# %% ../nbs/10_calibration.ipynb #b9eeebec
+# %% ../nbs/10_calibration.ipynb #68b2e465
 @dataclass(frozen=True)
 class HeldOutCheck:
     "What the held-out rays say about the error bars; no ground truth is involved."
@@ -48,6 +48,11 @@ class HeldOutCheck:
     coverage95: float # share of them inside their 95 % interval
     scale: float # s, multiplies the standard deviation of the image so that the mean square of the residuals is met
     scale_error: float # standard error of s, from the predicted correlations of the rays
+
+    @property
+    def correction(self) -> float:
+        "The scale where it differs from 1 by more than two of its standard errors; otherwise 1: chance is no reason."
+        return self.scale if abs(self.scale - 1) > 2 * self.scale_error else 1.0
 
 def held_out_errors(evidence: Evidence, scale: float = 1.0) -> tuple[Tensor, Tensor]: # both (held-out rays,), float64
     "r_h = y_h − A_h x̂ and the standard deviation that diag(s² A_h Σ_{x|y_t} A_hᵀ) + σ_y² predicts; y_t: fitted rays."

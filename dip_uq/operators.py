@@ -248,7 +248,7 @@ def _matrix_bytes(start, end, shape):
     crossed = 1 + (np.abs(way).sum(1) * (last - first)).mean()
     return 32 * crossed * len(start)  # matrix and transpose: 8-byte value, 4-byte index, 4-byte copy of the value
 
-# %% ../nbs/00_operators.ipynb #d93146d8
+# %% ../nbs/00_operators.ipynb #b6ea3178
 def ray_matrix(
     starts,  # (..., dim) where each ray starts: (x, y) or (x, y, z), in any unit of length
     ends,  # (..., dim) where it ends
@@ -273,9 +273,15 @@ def ray_matrix(
                         shape=(len(start), math.prod(shape)))
 
 
+def _check_points(rays):
+    "Raises ValueError where the end points of so many rays, with all copies about 300 bytes each, exceed the memory."
+    require_memory(300 * rays, f"the end points of {rays} rays", "take fewer rays")
+
+
 def _check_rays(starts, ends, shape):
     "Both as float arrays (rays, dim); raises ValueError where they do not fit."
     starts, ends = np.broadcast_arrays(np.asarray(starts, float), np.asarray(ends, float))
+    _check_points(starts.size // starts.shape[-1] if starts.size else 0)
     if len(shape) not in (2, 3) or starts.size == 0 or starts.shape[-1] != len(shape):
         raise ValueError(f"starts and ends have shape {starts.shape}, shape={shape}: expected at least one ray, "
                          "(..., 2) in an image (H, W) or (..., 3) in a volume (D, H, W)")
@@ -351,7 +357,7 @@ class RayTransform(MatrixOperator):
         part = replace(self.geometry, angles=self.angles[chosen])
         return RayTransform(self.matrix[rows.ravel()], self.domain_shape, part)
 
-# %% ../nbs/00_operators.ipynb #cab8c543
+# %% ../nbs/00_operators.ipynb #90f8fb15
 def parallel_beam(
     angles,  # (n,) radians
     shape: tuple,  # image (H, W)
@@ -382,6 +388,7 @@ def _ray_transform(geometry, shape):
     if geometry.fan and min(geometry.source_origin, geometry.origin_detector) < half:
         raise ValueError(f"source_origin={geometry.source_origin} and origin_detector={geometry.origin_detector} must "
                          f"be at least half the image's side, {half:.6g}: are all lengths in one unit?")
+    _check_points(len(geometry.angles) * geometry.bins)
     starts, ends = geometry.rays(math.hypot(*shape) * geometry.pixel_size)
     return RayTransform(ray_matrix(starts, ends, shape, geometry.pixel_size), shape, geometry)
 

@@ -6,11 +6,12 @@
 __all__ = ['Solution', 'peak_memory_mb', 'versions', 'write_whole', 'solve', 'draw_report', 'draw_error_against_std',
            'draw_calibration', 'small_text', 'headline']
 
-# %% ../nbs/12_pipeline.ipynb #030292d8
+# %% ../nbs/12_pipeline.ipynb #30acd72a
 import json
 import os
 import platform
 import sys
+import textwrap
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -34,7 +35,7 @@ from .operators import RayTransform, fbp, field_of_view
 from .plotting import show_image
 from .posterior import Posterior
 
-# %% ../nbs/12_pipeline.ipynb #df72b847
+# %% ../nbs/12_pipeline.ipynb #55e9afa0
 @dataclass(frozen=True)
 class Solution:
     "An image with error bars, all that led to it, and what the held-out projections say about it."
@@ -53,8 +54,8 @@ class Solution:
 
     @property
     def std(self) -> Tensor: # (H, W)
-        "The calibrated standard deviation of every pixel: `raw_std` times the held-out scale."
-        return self.check.scale * self.raw_std
+        "The calibrated standard deviation of every pixel: `raw_std` times the correction by the held-out rays."
+        return self.check.correction * self.raw_std
 
     @property
     def fbp(self) -> Tensor | None: # (H, W)
@@ -72,6 +73,7 @@ class Solution:
             parameters=self.posterior.lin.parameters,
             held_out=list(self.recon.scan.held_out), **scores, **self.image_scores(),
             heldout_zstd=self.check.z_std, heldout_coverage95=self.check.coverage95, heldout_scale=self.check.scale,
+            heldout_scale_error=self.check.scale_error, correction=self.check.correction,
             noise_std=evidence.noise_std, std_method=self.std_method,
             evidence=dict(value=evidence.value, method="exact", objective=evidence.objective,
                           evaluations=evidence.evaluations),
@@ -156,9 +158,9 @@ def solve(scan: Scan, # what was measured
     seconds = dict(dip=fitted - start, **evidence.seconds, posterior=end - chosen, total=end - start)
     return Solution(scan, recon, posterior, check, raw_std, f"{samples} samples" if samples else "exact", seconds)
 
-# %% ../nbs/12_pipeline.ipynb #465629ce
+# %% ../nbs/12_pipeline.ipynb #d32662f6
 def draw_report(s: Solution) -> Figure:
-    "Images on top, the honesty of the error bars below; without ground truth the held-out rays stand in for errors."
+    "Images on top, honesty of the error bars below (pixels of the field of view); without truth, held-out rays alone."
     fig, axes = plt.subplots(2, 4, figsize=(12, 6), dpi=80, layout="constrained")
     unit, truth, image, std = s.scan.unit or "a.u.", s.scan.truth, s.image.cpu(), s.std.cpu()
     shown = image if truth is None else truth.cpu()
@@ -172,13 +174,13 @@ def draw_report(s: Solution) -> Figure:
         show_image(axes[1, 0], residual, "residual Ax − y, a row a projection", "measurement", cmap="gray")
         axes[1, 0].set_aspect("auto")
     if truth is not None:
-        error = (image - shown).abs()
+        error, seen = (image - shown).abs(), field_of_view(s.scan.operator)
         show_image(axes[1, 1], error, "|error|", unit, 0, float(std.max()), cmap="magma")
-        draw_error_against_std(axes[1, 2], error.flatten(), std.flatten(), unit)
+        draw_error_against_std(axes[1, 2], error[seen], std[seen], unit)
     else:
         for ax in axes[1, 1:3]: ax.set_axis_off()
     draw_calibration(axes[1, 3], s)
-    fig.suptitle(headline(s.summary()), fontsize=9)
+    fig.suptitle("\n".join(textwrap.wrap(headline(s.summary()), 130)), fontsize=8.5)
     plt.close(fig)
     return fig
 
@@ -197,9 +199,11 @@ def draw_error_against_std(ax: plt.Axes, error: Tensor, std: Tensor, unit: str, 
 def draw_calibration(ax: plt.Axes, s: Solution) -> None:
     "Share of errors inside the central interval against its nominal level, for pixels (with truth) and held-out rays."
     levels = np.linspace(0.02, 0.98, 49)
-    curves = {"held-out rays": held_out_errors(s.posterior.evidence, s.check.scale)}
-    if s.scan.truth is not None: curves = {"pixels": (s.image - s.scan.truth, s.std),
-                                           "pixels, raw": (s.image - s.scan.truth, s.raw_std)} | curves
+    curves = {"held-out rays": held_out_errors(s.posterior.evidence, s.check.correction)}
+    if s.scan.truth is not None:
+        seen = field_of_view(s.scan.operator)
+        error, std, raw = (v.cpu()[seen] for v in (s.image - s.scan.truth, s.std, s.raw_std))
+        curves |= {"pixels": (error, std)} | ({} if s.check.correction == 1 else {"pixels, raw": (error, raw)})
     for name, (error, std) in curves.items():
         ax.plot(levels, [coverage(error, std, level) for level in levels], label=name)
     ax.plot([0, 1], [0, 1], "k--", lw=1)
@@ -222,4 +226,4 @@ def headline(summary: dict) -> str:
         parts += [f"PSNR {summary['psnr']:.1f} dB", f"SSIM {summary['ssim']:.2f}", f"z-std {summary['zstd']:.2f}",
                   f"coverage of 95 % intervals {summary['coverage95']:.2f}",
                   f"in the field of view {seen['psnr']:.1f} dB, {seen['zstd']:.2f}, {seen['coverage95']:.2f}"]
-    return "   ·   ".join(parts + [f"held-out z-std {summary['heldout_zstd']:.2f}"])
+    return "  ·  ".join(parts + [f"held-out z-std {summary['heldout_zstd']:.2f}"])
