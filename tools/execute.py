@@ -2,6 +2,7 @@
 
     python tools/execute.py                      # all of nbs/
     python tools/execute.py nbs/03_dip.ipynb     # the named ones
+    python tools/execute.py --slow nbs/index.ipynb # with the cells marked `#| slow`
 
 Cells that nbdev would not test (`#| eval: false`, the `tst_flags` of settings.ini) are left out and keep the outputs
 they have.
@@ -29,15 +30,15 @@ def tidy(outputs: list) -> list:
     return [output for output in outputs if not varies(output)]
 
 
-def execute(path: Path) -> None:
-    "Run one notebook in this process and write it back, clean."
+def execute(path: Path, slow: bool) -> None:
+    "Run one notebook in this process, on request its slow cells too, and write it back, clean."
     from execnb.nbio import write_nb
     from execnb.shell import CaptureShell
     from nbdev.clean import clean_nb
     from nbdev.config import get_config
     from nbdev.process import NBProcessor
 
-    skip_flags = set(get_config().tst_flags.split())
+    skip_flags = set() if slow else set(get_config().tst_flags.split())
 
     def skip(cell):
         flags = cell.directives_
@@ -59,14 +60,17 @@ def execute(path: Path) -> None:
     write_nb(nb, path)
 
 
-def start(path: Path) -> int:
+def start(path: Path, *options: str) -> int:
     "Run one notebook in a fresh process."
-    code = subprocess.run([sys.executable, __file__, "--here", path], env=os.environ | STEADY).returncode
+    code = subprocess.run([sys.executable, __file__, "--here", path, *options], env=os.environ | STEADY).returncode
     print(path.name, "failed" if code else "done", flush=True)
     return code
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--here"]: sys.exit(execute(Path(sys.argv[2])))
-    paths = [Path(name).resolve() for name in sys.argv[1:]] or sorted(ROOT.glob("nbs/[!_.]*.ipynb"))
-    with ThreadPoolExecutor(os.cpu_count()) as pool: sys.exit(any(list(pool.map(start, paths))))
+    options = [a for a in sys.argv[1:] if a == "--slow"]
+    names = [a for a in sys.argv[1:] if a not in ("--slow", "--here")]
+    if "--here" in sys.argv: sys.exit(execute(Path(names[0]), bool(options)))
+    paths = [Path(name).resolve() for name in names] or sorted(ROOT.glob("nbs/[!_.]*.ipynb"))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        sys.exit(any(list(pool.map(lambda path: start(path, *options), paths))))
