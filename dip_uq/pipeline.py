@@ -158,17 +158,17 @@ def solve(scan: Scan, # what was measured
     seconds = dict(dip=fitted - start, **evidence.seconds, posterior=end - chosen, total=end - start)
     return Solution(scan, recon, posterior, check, raw_std, f"{samples} samples" if samples else "exact", seconds)
 
-# %% ../nbs/12_pipeline.ipynb #d32662f6
+# %% ../nbs/12_pipeline.ipynb #91bad34d
 def draw_report(s: Solution) -> Figure:
     "Images on top, honesty of the error bars below (pixels of the field of view); without truth, held-out rays alone."
-    fig, axes = plt.subplots(2, 4, figsize=(12, 6), dpi=80, layout="constrained")
+    fig, axes = plt.subplots(2, 4, figsize=(10, 5.2), dpi=70, layout="constrained")
     unit, truth, image, std = s.scan.unit or "a.u.", s.scan.truth, s.image.cpu(), s.std.cpu()
     shown = image if truth is None else truth.cpu()
     for ax, (title, picture) in zip(axes[0], {"truth": truth, "filtered back-projection": s.fbp,
-                                              "deep image prior (posterior mean)": image}.items()):
+                                              "posterior mean": image}.items()):
         if picture is None: ax.set_axis_off()
         else: show_image(ax, picture.cpu(), title, unit, float(shown.min()), float(shown.max()))
-    show_image(axes[0, 3], std, "standard deviation (calibrated)", unit, 0, cmap="magma")
+    show_image(axes[0, 3], std, "standard deviation", unit, 0, cmap="magma")
     residual = (s.scan.operator(s.image) - s.scan.measurement).cpu()
     if residual.ndim == 2:
         show_image(axes[1, 0], residual, "residual Ax − y, a row a projection", "measurement", cmap="gray")
@@ -180,7 +180,7 @@ def draw_report(s: Solution) -> Figure:
     else:
         for ax in axes[1, 1:3]: ax.set_axis_off()
     draw_calibration(axes[1, 3], s)
-    fig.suptitle("\n".join(textwrap.wrap(headline(s.summary()), 130)), fontsize=8.5)
+    fig.suptitle("\n".join(textwrap.wrap(headline(s.summary()), 120)), fontsize=8)
     plt.close(fig)
     return fig
 
