@@ -8,9 +8,11 @@ Cells that nbdev would not test (`#| eval: false`, the `tst_flags` of settings.i
 they have.
 A notebook that fails stays as it was.
 """
+import io
 import os
 import subprocess
 import sys
+from base64 import b64decode, b64encode
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,6 +32,14 @@ def tidy(outputs: list) -> list:
     return [output for output in outputs if not varies(output)]
 
 
+def compact(png: str, limit: int = 100_000) -> str:
+    "A base64 PNG with 256 colours if it is larger than `limit` bytes, as it is otherwise."
+    from PIL import Image
+    if len(data := b64decode(png)) <= limit: return png
+    Image.open(io.BytesIO(data)).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small := io.BytesIO(), "PNG")
+    return b64encode(small.getvalue()).decode()
+
+
 def execute(path: Path, slow: bool) -> None:
     "Run one notebook in this process, on request its slow cells too, and write it back, clean."
     from execnb.nbio import write_nb
@@ -47,7 +57,10 @@ def execute(path: Path, slow: bool) -> None:
         cell.outputs = []
 
     def keep(cell):
-        if cell.cell_type == "code": cell.outputs = tidy(cell.outputs)
+        if cell.cell_type != "code": return
+        cell.outputs = tidy(cell.outputs)
+        for data in (output["data"] for output in cell.outputs if "image/png" in output.get("data", {})):
+            data["image/png"] = compact(data["image/png"])
 
     os.chdir(path.parent)
     nb = NBProcessor(path, rm_directives=False).nb
