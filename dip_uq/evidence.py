@@ -77,9 +77,13 @@ class Model:
         for w, G in zip(weights.tolist(), self.all_grams()): K.add_(G, alpha=w)
         return K
 
-# %% ../nbs/08_evidence.ipynb #0f74fd8c
+# %% ../nbs/08_evidence.ipynb #67f96cb3
 def log_parameters(model: Model, noise_std: float | None) -> tuple[np.ndarray, list[tuple[float, float]]]:
-    "Start and bounds of log σ_d², log ℓ_d for each block and, where `noise_std` is None, log σ_y²."
+    """Start and bounds of log σ_d², log ℓ_d for each block and, where `noise_std` is None, log σ_y².
+
+    The largest σ_d² lets the rays vary ten times as much as the measurement itself (mean square, independent taps): a
+    wider prior says nothing more, and its posterior would be lost in the rounding of float32 rows.
+    """
     size = float(sum(grams[0].diagonal().mean() for _, grams in model.grams.values()))
     power = float(model.residual.square().mean())
     if not size > 0: raise ValueError("model.rows: AJ is zero, so no weight moves any ray; fit the network for longer")
@@ -87,8 +91,10 @@ def log_parameters(model: Model, noise_std: float | None) -> tuple[np.ndarray, l
         raise ValueError("model.residual: the image explains every ray exactly (y − A x̂ = 0), so nothing "
                          "tells how large weights and noise are; hold out projections before fitting")
     b = len(model.blocks)
-    start = [math.log(10 * power / size)] * b + [0.0] * b
-    bounds = [(start[0] - 14, start[0] + 10)] * b + [(math.log(0.1), math.log(30))] * b
+    largest = math.log(10 * float(model.lin.recon.scan.measurement.square().mean()) / size)
+    first = min(math.log(10 * power / size), largest)
+    start = [first] * b + [0.0] * b
+    bounds = [(first - 14, largest)] * b + [(math.log(0.1), math.log(30))] * b
     if noise_std is None:
         start.append(math.log(power / 2))
         bounds.append((math.log(power) - 10, math.log(power) + 3))
