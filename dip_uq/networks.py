@@ -35,7 +35,7 @@ def fresh(net: nn.Module, # stays as it is
             if hasattr(layer, "reset_parameters"): layer.reset_parameters()
     return net
 
-# %% ../nbs/02_networks.ipynb #25d9dd56
+# %% ../nbs/02_networks.ipynb #d7a2e3d9
 class ConvBlock(nn.Sequential):
     "Convolutions of one scale, each followed by GroupNorm (optional) and LeakyReLU: (N, c_in, …) → (N, c_out, …)."
     def __init__(self,
@@ -43,7 +43,7 @@ class ConvBlock(nn.Sequential):
                  c_out: int, # channels that leave
                  kernels: Sequence[int] = (3, 3), # odd filter sizes, one convolution each
                  stride: int = 1, # of the first convolution: 2 halves the image, rounding up
-                 norm: bool = True, # GroupNorm after each convolution: groups of 4 channels (of all where 4 does not divide)
+                 norm: bool = True, # GroupNorm after each convolution: groups of 4 channels, or one if 4 does not fit
                 ):
         groups = 1 if c_out % 4 else c_out // 4
         layers = []
