@@ -19,6 +19,7 @@ from nbdev.config import get_config
 
 from tools.execute import tidy
 
+torch.set_num_threads(1)  # as in tools/execute.py: the same rounding, and small problems gain nothing from more
 NBS = Path(__file__).resolve().parent / "nbs"
 
 
