@@ -18,7 +18,7 @@ from dip_uq.operators import LinearOperator, as_operator, fan_beam
 SHAPE = 14, 16
 TRUTH = torch.nn.functional.pad(ellipses(14, 1), (1, 1))
 STOPS = "heldout", "discrepancy", "fixed"
-NET = UNet(2, 4)
+NET = UNet(2, 4, sigmoid=False)
 
 
 def blur(x): return torch.nn.functional.avg_pool2d(x[:, None], 3, 1, padding=1)[:, 0]

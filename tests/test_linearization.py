@@ -85,9 +85,9 @@ def test_the_stencil_basis_loses_nothing_and_splits_every_class(kernel):
 
 
 NETS = {
-    "unet": (lambda: UNet(2, 4, 2), (9, 7)),
+    "unet": (lambda: UNet(2, 4, 2, sigmoid=False), (9, 7)),
     "no norm, no skip, sigmoid": (lambda: UNet(3, 3, 0, norm=False, sigmoid=True), (8, 11)),
-    "one scale": (lambda: UNet(1, 2), (5, 6)),
+    "one scale": (lambda: UNet(1, 2, sigmoid=False), (5, 6)),
     "large and flat filters": (lambda: nn.Sequential(nn.Conv2d(1, 2, (1, 5), padding=(0, 2)), nn.Tanh(),
                                                      nn.Conv2d(2, 1, 5, padding=2, bias=False)), (6, 8)),
     "volume": (lambda: nn.Sequential(nn.Conv3d(1, 2, 3, 2, 1), nn.Softplus(), nn.Upsample(scale_factor=2),
@@ -118,7 +118,7 @@ def test_products_rows_and_grams_against_the_dense_jacobian(make, shape):
 
 
 def test_float32_agrees_with_float64():
-    lin, J = linearised(UNet(3, 4), 16, 16)
+    lin, J = linearised(UNet(3, 4, sigmoid=False), 16, 16)
     recon = lin.recon
     single = Linearization(SimpleNamespace(net=recon.net.float(), z=recon.z.float(), scale=recon.scale,
                                            image=recon.image.float()))
