@@ -12,7 +12,7 @@ from torch import nn
 from torch.func import functional_call, jacrev
 
 from dip_uq.linearization import Linearization, class_grams, convolutions, patches, stencil_basis, tap_distances
-from dip_uq.networks import UNet
+from dip_uq.networks import DeepDecoder, UNet
 from dip_uq.operators import as_operator
 from dip_uq.priors import FilterPrior, network_blocks, one_block
 
@@ -87,6 +87,8 @@ def test_the_stencil_basis_loses_nothing_and_splits_every_class(kernel):
 NETS = {
     "unet": (lambda: UNet(2, 4, 2, sigmoid=False), (9, 7)),
     "no norm, no skip, sigmoid": (lambda: UNet(3, 3, 0, norm=False, sigmoid=True), (8, 11)),
+    "deep decoder": (lambda: DeepDecoder(3, 4), (9, 7)),
+    "volume unet": (lambda: UNet(2, 4, dims=3), (4, 5, 6)),
     "one scale": (lambda: UNet(1, 2, sigmoid=False), (5, 6)),
     "large and flat filters": (lambda: nn.Sequential(nn.Conv2d(1, 2, (1, 5), padding=(0, 2)), nn.Tanh(),
                                                      nn.Conv2d(2, 1, 5, padding=2, bias=False)), (6, 8)),
