@@ -56,7 +56,7 @@ def bare_steps(net, z, A, y, fitted, gamma):
 def dip(repeats=40):
     s = scan()
     z, scale = first_guess(s)
-    net = fresh(UNet(5, 32, sigmoid=True), 0)
+    net = fresh(UNet(5, 32), 0)
     fitted = torch.tensor([i not in s.held_out for i in range(len(s.measurement))])
     ours = descend(fresh(net, 0), z, scale, s, 1e-6, 10_000, 5e-3)
     bare = bare_steps(fresh(net, 0), z, s.operator, s.measurement / scale, fitted, 1e-6)
@@ -92,7 +92,7 @@ def plain_rows(recon, operator, indices, chunk):
 
 def rows(count=64, repeats=3):
     s = scan()
-    recon = reconstruct(s, UNet(5, 32, sigmoid=True), iterations=5, progress=False)
+    recon = reconstruct(s, UNet(5, 32), iterations=5, progress=False)
     lin, A = Linearization(recon), s.operator
     def ours(chunk):
         for i in range(0, count, chunk): lin.vjp(A.T(unit_vectors(A.range_shape, range(i, i + chunk), recon.image)))
@@ -117,7 +117,7 @@ def evidence(angles=(12, 18, 30, 48, 72, 96), bins=42, repeats=3):
     sizes, times = [], []
     for n in angles:
         s = scan(48, n, bins)
-        lin = Linearization(reconstruct(s, UNet(3, 8, sigmoid=True), iterations=5, progress=False))
+        lin = Linearization(reconstruct(s, UNet(3, 8), iterations=5, progress=False))
         model = Model.build(lin)
         start, _ = log_parameters(model, s.noise_std)
         def evaluate():

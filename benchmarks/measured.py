@@ -73,7 +73,7 @@ def main():
         image = total_variation(A, y, weight * float(truth.max()))
         found["tv_sweep"].append(score(image, perf_counter() - start, weight=weight))
     found["tv_oracle"] = max(found["tv_sweep"], key=lambda s: s["psnr"])
-    solution = solve(scan, UNet(5, 32, sigmoid=True), iterations=args.iterations)
+    solution = solve(scan, UNet(5, 32), iterations=args.iterations)
     fitted = args.angles - len(solution.recon.scan.held_out)
     found["dip"] = score(solution.recon.image, solution.seconds["dip"], projections_fitted=fitted)
     found["posterior_mean"] = score(solution.image, solution.seconds["total"], **solution.scores(solution.std))

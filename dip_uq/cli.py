@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.out.mkdir(parents=True, exist_ok=True) # a folder that cannot be written is found out before the work
         if args.command == "demo": scan = demo_scan(args.size, args.angles, args.noise, args.seed)
         else: scan = load_scan(args.scan, args.angles, args.size, args.bins)
-        solution = solve(scan.to(args.device), UNet(args.scales, args.channels, sigmoid=True), progress=not args.quiet,
+        solution = solve(scan.to(args.device), UNet(args.scales, args.channels), progress=not args.quiet,
                          iterations=args.iterations, seed=args.seed)
         solution.save(args.out)
     except (ValueError, TypeError, OSError, RuntimeError) as e:

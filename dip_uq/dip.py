@@ -211,7 +211,7 @@ def check_arguments(scan: Scan, net: nn.Module | None, stop: str) -> None:
 
 # %% ../nbs/03_dip.ipynb #52defbbc
 def reconstruct(scan: Scan, # what was measured; its truth, if any, is only scored
-                net: nn.Module | None = None, # (1, 1, H, W) → (1, 1, H, W); `UNet(sigmoid=True)` by default
+                net: nn.Module | None = None, # (1, 1, H, W) → (1, 1, H, W); `UNet()` by default
                 tv: float | None = None, # γ, the weight of |x|_TV, x in units of the scale; None: `tv_for_noise`
                 iterations: int = 1500, # Adam steps at most
                 stop: str = "heldout", # rule: "heldout", "discrepancy" or "fixed"
@@ -233,7 +233,7 @@ def reconstruct(scan: Scan, # what was measured; its truth, if any, is only scor
     z, scale = first_guess(scan)
     goal = scan.noise_std**2 / float(scan.training.measurement.square().mean()) if stop == "discrepancy" else 0
     with seeded(seed):
-        net = fresh(UNet(sigmoid=True) if net is None else net, seed).to(z)
+        net = fresh(UNet() if net is None else net, seed).to(z)
         steps = descend(net, z, scale, scan, tv, iterations, learning_rate)
         bar = tqdm(steps, "DIP", iterations, disable=not progress)
         history, iteration, weights, why = choose_iterate(bar, net, stop, goal)

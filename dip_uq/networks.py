@@ -144,7 +144,7 @@ class DeepDecoder(nn.Module):
         return self.last(x).sigmoid()
 
     def grids(self, z: Tensor) -> list[Sequence[int]]:
-        "The grids for an image like `z`: its own first, each as large as half the one before, rounding up."
+        "The grids for an image like `z`, its own first, then each half the one before, rounding up."
         _check_input(z, 1, self.settings["dims"])
         sizes = [z.shape[2:]]
         for _ in range(len(self.steps) - 1): sizes.append([-(-n // 2) for n in sizes[-1]])

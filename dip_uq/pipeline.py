@@ -137,7 +137,7 @@ def write_whole(path: Path, data: bytes) -> None:
 
 # %% ../nbs/12_pipeline.ipynb #a47e010c
 def solve(scan: Scan, # what was measured
-          net: nn.Module | None = None, # `UNet(sigmoid=True)` by default
+          net: nn.Module | None = None, # `UNet()` by default
           samples: int | None = None, # for the standard deviation; 0: exact; None: exact up to 10⁴ pixels, 512 beyond
           progress: bool = True, # show progress bars
           **fit, # tv, iterations, learning_rate, seed: see `reconstruct`
