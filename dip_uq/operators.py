@@ -574,15 +574,20 @@ def cgls(
     "Conjugate gradients for min |Ax - y|, from x = 0 (Hestenes and Stiefel 1952); images of a batch go separately."
     _check_measurement(A, y)
     _check_shape("iterations", iterations)
-    tiny = torch.finfo(y.dtype).tiny  # where an image has converged, 0 / tiny keeps it
+    tiny, eps = torch.finfo(y.dtype).tiny, torch.finfo(y.dtype).eps  # where an image has converged, 0 / tiny keeps it
     rest, direction = y, A.T(y)
     x, slope = torch.zeros_like(direction), _square(direction, A.domain_shape)
+    norm = torch.zeros_like(slope)  # |A|^2, from below
     for _ in range(iterations):
         image = A(direction)
-        step = slope / _square(image, A.range_shape).clamp_min(tiny)
+        stretch = _square(image, A.range_shape)
+        norm = norm.maximum(stretch / _square(direction, A.domain_shape).clamp_min(tiny))
+        step = slope / stretch.clamp_min(tiny)
         x, rest = x + _spread(step, A.domain_shape) * direction, rest - _spread(step, A.range_shape) * image
         gradient, before = A.T(rest), slope
         slope = _square(gradient, A.domain_shape)
+        rounding = (4 * eps)**2 * norm * _square(rest, A.range_shape)
+        slope = slope.where(slope > rounding, 0)  # where the gradient is nothing but rounding, x stays
         direction = gradient + _spread(slope / before.clamp_min(tiny), A.domain_shape) * direction
     return x
 

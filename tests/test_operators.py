@@ -228,3 +228,12 @@ def test_cgls_on_a_singular_problem_stays_finite():
     assert (A(x) - y).norm() < 1e-4 * y.norm()
     minimum = torch.tensor(np.linalg.lstsq(A.matrix.toarray(), y.numpy().ravel(), rcond=1e-9)[0]).reshape(16, 16)
     assert (x - minimum).norm() < 1e-3 * minimum.norm()  # the solution of least norm, as from x = 0 it must be
+
+
+@pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-3), (torch.float64, 1e-8)])
+def test_cgls_stays_where_it_has_converged(dtype, limit):
+    "More rays than pixels, many iterations: without a stop at rounding level x grows by up to 1e12."
+    A = parallel_beam(np.arange(60) * np.pi / 60, (12, 12), 17)
+    y = torch.rand(20, 60, 17, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    minimum = torch.tensor(np.linalg.lstsq(A.matrix.toarray(), y.flatten(1).T.numpy())[0]).T.reshape(20, 12, 12)
+    assert (cgls(A, y.to(dtype), 1000) - minimum).norm() < limit * minimum.norm()
