@@ -164,6 +164,7 @@ class Scan:
     pixel_size: float | None = None  # side of a pixel in mm
     unit: str = ""  # of image values, such as "1/mm"
     name: str = "scan"  # for titles and file names
+    poisson: bool = False  # the readings are counts of mean A x; `noise_std` is then None
 
     def __post_init__(self):
         if not isinstance(self.operator, LinearOperator):
@@ -173,12 +174,17 @@ class Scan:
         if self.truth is not None: put("truth", _real("truth", self.truth, self.operator.domain_shape))
         if self.noise_std is not None: put("noise_std", _positive("noise_std", self.noise_std, zero=True))
         if self.pixel_size is not None: put("pixel_size", _positive("pixel_size", self.pixel_size))
+        if self.poisson: _check_counts(self.measurement, self.noise_std)
         put("held_out", _check_held_out(self.held_out, len(self.measurement)))
 
     def hold_out(self, n: int) -> "Scan":
-        "The same scan with `n` evenly spread projections kept from fitting."
+        """The same scan with `n` projections kept from fitting, evenly spread, each in the middle of its share.
+
+        Where the measurement is one row of readings, such as pixels, each is drawn from its share: no pattern in the image.
+        """
         count = len(self.measurement)
-        return replace(self, held_out=_spread(count, _whole("n", n, 0, count - 1)))
+        spread = _spread if self.measurement.ndim > 1 else _drawn
+        return replace(self, held_out=spread(count, _whole("n", n, 0, count - 1)))
 
     def to(self, device: str | torch.device) -> "Scan":
         "The same scan with its tensors on `device`; operators follow the device of what they are given."
@@ -188,7 +194,8 @@ class Scan:
     @property
     def training(self) -> "Scan":
         "The projections that may be fitted, as a scan of their own."
-        return self._part([i for i in range(len(self.measurement)) if i not in self.held_out])
+        held_out = set(self.held_out)
+        return self._part([i for i in range(len(self.measurement)) if i not in held_out])
 
     @property
     def validation(self) -> "Scan":
@@ -208,6 +215,16 @@ class Scan:
 def _spread(count: int, n: int) -> tuple[int, ...]:
     "`n` of `count` positions, evenly spread, each in the middle of its share."
     return tuple(((2 * np.arange(n) + 1) * count // max(2 * n, 1)).tolist())
+
+def _drawn(count: int, n: int) -> tuple[int, ...]:
+    "`n` of `count` positions, one drawn from each equal share; always the same ones."
+    edges = np.arange(n + 1) * count // max(n, 1)
+    return tuple(np.random.default_rng(0).integers(edges[:-1], edges[1:]).tolist())
+
+def _check_counts(measurement: torch.Tensor, noise_std: float | None) -> None:
+    if noise_std is not None: raise ValueError(f"noise_std={noise_std}: counts (poisson=True) have none; leave it None")
+    if measurement.min() < 0: raise ValueError(f"measurement has a reading of {measurement.min():.3g}, but poisson=True "
+                                               "says that readings are counts; pass the counts, not their logarithm")
 
 def _check_held_out(held_out: Iterable[int], count: int) -> tuple[int, ...]:
     "Sorted positions, or an error: they must be different, below `count`, and leave something to fit."
@@ -261,6 +278,7 @@ def save_scan(scan: Scan,  # of a `parallel_beam` or `fan_beam` with a square im
     "Write the documented .npz layout, which `load_scan` reads."
     if not isinstance(scan.operator, RayTransform):
         raise ValueError(f"scan.operator is a {type(scan.operator).__name__}, but only a RayTransform fits into .npz")
+    if scan.poisson: raise ValueError("scan.poisson: the .npz layout holds line integrals, not counts")
     height, width = scan.operator.domain_shape
     if height != width: raise ValueError(f"the image is {height} × {width}; only square ones fit into .npz")
     if Path(path).suffix != ".npz": raise ValueError(f"path={str(path)!r} must end in .npz")
