@@ -32,8 +32,10 @@ def read(path: Path):
     def plain(cell):
         if cell.cell_type == "code": cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.MULTILINE)
     nb = NBProcessor(path, procs=[hide_, hide_line, filter_stream_, rm_header_dash, strip_ansi, plain], process=True).nb
-    module = [cell.directives_["default_exp"][0] for cell in nb.cells if "default_exp" in cell.directives_]
-    nb.module_ = f"dip_uq.{module[0]}" if module else ""
+    begun, continued = ([module for cell in nb.cells for module in cell.directives_.get(directive, [])]
+                        for directive in ("default_exp", "export"))  # `#| export data` adds to the module of another
+    nb.module_ = f"dip_uq.{[*begun, *continued][0]}" if begun or continued else ""
+    nb.begins_module_ = bool(begun)
     nb.cells = [cell for cell in nb.cells if cell.source.strip()]
     return nb
 
@@ -138,7 +140,7 @@ def adapt(nb, names: dict, repository: str) -> None:
             text = "\n\n".join(describe(node, cell.source, nb.module_, names) for node in public(cell))
             if text: cells.append(mk_cell(text, "markdown"))
         cells.append(cell)
-    if nb.module_: cells.insert(1, mk_cell(f"```{{py:module}} {nb.module_}\n```", "markdown"))
+    if nb.begins_module_: cells.insert(1, mk_cell(f"```{{py:module}} {nb.module_}\n```", "markdown"))
     nb.cells = cells
 
 def html(out: Path, options: list) -> int:

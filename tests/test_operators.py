@@ -1,4 +1,5 @@
-"""Checks of the operators too bulky for their notebook: random geometries, ASTRA, PyLops, measured data, speed."""
+"""Checks of the operators too bulky for their notebooks: random shapes and geometries, ASTRA, PyLops, measured data,
+speed."""
 
 import os
 import time
@@ -12,9 +13,11 @@ import scipy.sparse as sp
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.ndimage import gaussian_filter
+from skimage.transform import downscale_local_mean
 
-from dip_uq.operators import (MatrixOperator, adjoint_error, as_operator, cgls, fan_beam, fbp, parallel_beam,
-                              ray_matrix)
+from dip_uq.operators import (MatrixOperator, adjoint_error, as_operator, blur, cgls, downsample, fan_beam, fbp,
+                              fourier, mask, parallel_beam, ray_matrix)
 
 coordinate = st.floats(-8, 8, allow_nan=False) | st.integers(-8, 8).map(float) | st.sampled_from([1e-12, -1e-12, 0.])
 sizes = st.floats(.25, 3) | st.just(1.)
@@ -116,6 +119,66 @@ def test_astra(name):
         ours = A.matrix[[ray]].toarray().reshape(A.domain_shape)
         exact = exact_row(starts[ray], ends[ray], A.domain_shape, A.geometry.pixel_size)
         assert np.abs(ours - exact).max() < 1e-10  # float64 rounding of t, times the ray's length
+
+
+shapes = st.lists(st.integers(1, 9), min_size=2, max_size=3).map(tuple)
+
+
+def random_image(shape): return np.random.default_rng(0).normal(size=shape)
+
+
+def random_pattern(shape, seed):
+    "A boolean array with at least one True."
+    keep = np.random.default_rng(seed).random(shape) < .5
+    keep.flat[seed % keep.size] = True
+    return keep
+
+
+def check_operator(A, x, expected):
+    "A(x) against an independent result; batches, adjoint, derivatives, dtypes, a device without data."
+    batch = torch.tensor(np.stack([x, 2 * x]))
+    assert np.abs(A(batch)[0].numpy() - expected).max() < 1e-12  # sums of up to 729 numbers near 1
+    assert torch.allclose(A(batch)[1], 2 * A(batch)[0])
+    assert adjoint_error(A) < 1e-6 and adjoint_error(A, torch.float64) < 1e-14
+    assert torch.allclose(torch.func.vjp(A, batch[0])[1](A(batch[0]))[0], A.T(A(batch[0])))
+    for dtype in (torch.float32, torch.float64):
+        y = A(torch.zeros(3, 0, *A.domain_shape, dtype=dtype))
+        assert y.shape == (3, 0, *A.range_shape) and A.T(y).dtype == dtype
+    y = A(torch.zeros(A.domain_shape, device="meta"))
+    assert y.device.type == A.T(y).device.type == "meta"
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(shapes, st.floats(.05, 4))
+def test_blur(shape, sigma):
+    sigma, x = min(sigma, max(shape)), random_image(shape)
+    check_operator(blur(shape, sigma), x, gaussian_filter(x, sigma, mode="wrap", truncate=9))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(shapes, st.integers(0, 1000))
+def test_mask(shape, seed):
+    keep, x = random_pattern(shape, seed), random_image(shape)
+    check_operator(mask(keep), x, x[keep])
+    check_operator(mask(torch.tensor(keep)), x, x[keep])
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.lists(st.integers(1, 4), min_size=2, max_size=3), st.integers(1, 4))
+def test_downsample(small, factor):
+    shape = tuple(n * factor for n in small)
+    x = random_image(shape)
+    check_operator(downsample(shape, factor), x, downscale_local_mean(x, (factor,) * len(shape)))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(shapes, st.integers(0, 1000))
+def test_fourier(shape, seed):
+    keep, x = random_pattern(shape, seed), random_image(shape)
+    samples = np.fft.fftshift(np.fft.fftn(x, norm="ortho"))[keep]
+    check_operator(fourier(keep), x, np.stack([samples.real, samples.imag], -1))
+    every = fourier(np.ones(shape, bool))  # orthonormal: nothing is lost
+    assert np.abs(every.T(every(torch.tensor(x))).numpy() - x).max() < 1e-12
 
 
 def test_astra_operator():
@@ -228,3 +291,12 @@ def test_cgls_on_a_singular_problem_stays_finite():
     assert (A(x) - y).norm() < 1e-4 * y.norm()
     minimum = torch.tensor(np.linalg.lstsq(A.matrix.toarray(), y.numpy().ravel(), rcond=1e-9)[0]).reshape(16, 16)
     assert (x - minimum).norm() < 1e-3 * minimum.norm()  # the solution of least norm, as from x = 0 it must be
+
+
+@pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-3), (torch.float64, 1e-8)])
+def test_cgls_stays_where_it_has_converged(dtype, limit):
+    "More rays than pixels, many iterations: without a stop at rounding level x grows by up to 1e12."
+    A = parallel_beam(np.arange(60) * np.pi / 60, (12, 12), 17)
+    y = torch.rand(20, 60, 17, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    minimum = torch.tensor(np.linalg.lstsq(A.matrix.toarray(), y.flatten(1).T.numpy())[0]).T.reshape(20, 12, 12)
+    assert (cgls(A, y.to(dtype), 1000) - minimum).norm() < limit * minimum.norm()
