@@ -180,7 +180,7 @@ class Scan:
     def hold_out(self, n: int) -> "Scan":
         """The same scan with `n` projections kept from fitting, evenly spread, each in the middle of its share.
 
-        Where the measurement is one row of readings, such as pixels, each is drawn from its share: no pattern in the image.
+        Where the measurement is one row of readings, such as pixels, each is drawn from its share.
         """
         count = len(self.measurement)
         spread = _spread if self.measurement.ndim > 1 else _drawn
@@ -223,8 +223,9 @@ def _drawn(count: int, n: int) -> tuple[int, ...]:
 
 def _check_counts(measurement: torch.Tensor, noise_std: float | None) -> None:
     if noise_std is not None: raise ValueError(f"noise_std={noise_std}: counts (poisson=True) have none; leave it None")
-    if measurement.min() < 0: raise ValueError(f"measurement has a reading of {measurement.min():.3g}, but poisson=True "
-                                               "says that readings are counts; pass the counts, not their logarithm")
+    if measurement.min() < 0:
+        raise ValueError(f"measurement has a reading of {measurement.min():.3g}, but poisson=True says that readings are "
+                         "counts; pass the counts, not their logarithm")
 
 def _check_held_out(held_out: Iterable[int], count: int) -> tuple[int, ...]:
     "Sorted positions, or an error: they must be different, below `count`, and leave something to fit."

@@ -194,7 +194,7 @@ def fit_evidence(lin: Linearization, # made from a reconstruction that holds pro
     if objective == "conditional" and not scan.held_out:
         raise ValueError("objective: 'conditional' needs projections that the network has not seen, and scan.held_out "
                          "is empty; reconstruct with stop='heldout' or scan.hold_out(n), or use objective='joint'")
-    if scan.poisson: raise ValueError("scan.poisson: the evidence needs Gaussian noise of one size; there is none for counts")
+    if scan.poisson: raise ValueError("scan.poisson: the evidence needs Gaussian noise; it is not made for counts")
     began = perf_counter()
     model = Model.build(lin, shared, progress)
     jacobian = perf_counter() - began

@@ -1,0 +1,65 @@
+"""Which iterate? The rules of `reconstruct` on 3 images × 3 instruments × 3 noise levels, with and without TV.
+
+    python benchmarks/stopping.py --out stopping.json
+
+For every case two runs: one on all readings, of which "discrepancy", "variance" and "fixed" choose an iterate, and one that
+holds every sixth out. Lost is what the chosen iterate's PSNR is below the best iterate's of its own run; for "heldout" also
+below the best of the run on all readings, which includes the price of the readings that were not fitted.
+"""
+import argparse
+import itertools
+import json
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+
+from dip_uq.data import ellipses, shepp_logan, simulate, walnut
+from dip_uq.dip import noise_level, reconstruct
+from dip_uq.networks import UNet
+from dip_uq.operators import blur, fan_beam, mask
+
+SIZE, ITERATIONS, NOISE = 48, 600, (0.025, 0.05, 0.1)
+
+
+def instruments():
+    angles = np.linspace(0, 2 * np.pi, 20, endpoint=False)
+    keep = torch.rand(SIZE, SIZE, generator=torch.Generator().manual_seed(0)) < 0.5
+    return dict(tomography=fan_beam(angles, (SIZE, SIZE), SIZE, 1.5, 3 * SIZE, 1.5 * SIZE),
+                deblurring=blur((SIZE, SIZE), 1.5), inpainting=mask(keep))
+
+
+def fit(scan, stop, tv):
+    return reconstruct(scan, UNet(4, 16), tv, ITERATIONS, stop, learning_rate=1e-2, progress=False)
+
+
+def losses(scan, tv):
+    "PSNR lost by each rule."
+    every, part = fit(scan, "variance", tv), fit(scan, "heldout", tv)
+    quality, enough = every.history["psnr"], every.history["data"] <= noise_level(scan)
+    chosen = dict(variance=every.settings["iteration"], discrepancy=enough.argmax() if enough.any() else -1, fixed=-1)
+    best, own = quality.max(), part.history["psnr"]
+    lost = {rule: float(best - quality[i]) for rule, i in chosen.items()}
+    found = own[part.settings["iteration"]]
+    return lost | {"heldout": float(own.max() - found), "heldout, all readings": float(best - found)}, float(best)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="JSON file for the figures")
+    out = parser.parse_args().out
+    images = dict(walnut=walnut(SIZE), shepp_logan=shepp_logan(SIZE), ellipses=ellipses(SIZE, 1))
+    cases = []
+    for image, (name, A), noise in itertools.product(images, instruments().items(), NOISE):
+        scan = simulate(images[image], A, noise, seed=len(cases))
+        for weight, tv in (("default", None), ("none", 0.0)):
+            lost, best = losses(scan, tv)
+            cases.append(dict(image=image, instrument=name, noise=noise, tv=weight, best=best, lost=lost))
+            print(image, name, noise, f"TV {weight}: best {best:.2f} dB;",
+                  ", ".join(f"{rule} −{value:.2f}" for rule, value in lost.items()), flush=True)
+    table = {weight: {rule: dict(median=median(v := [c["lost"][rule] for c in cases if c["tv"] == weight]), worst=max(v))
+                      for rule in cases[0]["lost"]} for weight in ("default", "none")}
+    out.write_text(json.dumps(dict(table=table, cases=cases), indent=2))
+    for weight, rules in table.items():
+        for rule, lost in rules.items(): print(f"TV {weight:8} {rule:22} median {lost['median']:.2f} dB, worst {lost['worst']:.2f} dB")
