@@ -224,8 +224,8 @@ def _drawn(count: int, n: int) -> tuple[int, ...]:
 def _check_counts(measurement: torch.Tensor, noise_std: float | None) -> None:
     if noise_std is not None: raise ValueError(f"noise_std={noise_std}: counts (poisson=True) have none; leave it None")
     if measurement.min() < 0:
-        raise ValueError(f"measurement has a reading of {measurement.min():.3g}, but poisson=True says that readings are "
-                         "counts; pass the counts, not their logarithm")
+        raise ValueError(f"measurement has a reading of {measurement.min():.3g}, but poisson=True says that readings "
+                         "are counts; pass the counts, not their logarithm")
 
 def _check_held_out(held_out: Iterable[int], count: int) -> tuple[int, ...]:
     "Sorted positions, or an error: they must be different, below `count`, and leave something to fit."

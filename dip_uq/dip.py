@@ -221,7 +221,7 @@ def revive(net: nn.Module | None, weights: dict[str, Tensor], name: str, setting
                          f"pass one with the same settings ({e})") from e
     return net.eval()
 
-# %% ../nbs/03_dip.ipynb #88787321
+# %% ../nbs/03_dip.ipynb #02e31597
 def run_tensors(run: Run) -> dict[str, Tensor]:
     "The tensors of a run before its present iterate is recorded."
     past, recent = run.history[:run.iteration], list(run.recent)[:-1]
@@ -243,7 +243,7 @@ def restore_run(run: Run, tensors: dict[str, Tensor], about: dict) -> None:
     run.history = [dict(zip(history, losses)) for losses in zip(*history.values())]
     run.recent.extend(tensors.get("recent", ()))
 
-# %% ../nbs/03_dip.ipynb #958b3c25
+# %% ../nbs/03_dip.ipynb #b61fe6f3
 STATE_SECONDS, FIGURE_SECONDS = 30.0, 1.0 # between two states on disk, between two drawings
 
 def every(seconds: float, act: Callable[[Run], None]) -> Callable[[Run], None]:
@@ -274,7 +274,7 @@ def keep_state(run: Run, path: str | Path, scan: Scan, z: Tensor, settings: dict
             iteration=run.iteration, chosen=run.chosen, lowest=run.lowest))
     return every(STATE_SECONDS, save)
 
-# %% ../nbs/03_dip.ipynb #bff6d760
+# %% ../nbs/03_dip.ipynb #325402b8
 def draw_run(run: Run, scan: Scan) -> plt.Figure:
     "Data errors so far, what the present image leaves of the measurement, and the image (a middle slice of a volume)."
     fig, axes = plt.subplots(1, 3, figsize=(9.5, 2.7), layout="constrained")
@@ -297,8 +297,10 @@ def follow(scan: Scan) -> Callable[[Run], None]:
 # %% ../nbs/03_dip.ipynb #bdc75631
 def noise_level(scan: Scan) -> float:
     "The data error of the true image: σ² / mean y², or 1 / mean y for counts; 10⁻⁴ (σ is 1 % of y) where unknown."
-    if scan.poisson: return 1 / float(scan.measurement.mean())
-    return 1e-4 if scan.noise_std is None else scan.noise_std**2 / float(scan.measurement.square().mean())
+    if scan.poisson: noise, power = 1.0, float(scan.measurement.mean())
+    else: noise, power = scan.noise_std, float(scan.measurement.square().mean())
+    if noise is None: return 1e-4
+    return noise**2 / power if power > 0 else 0.0
 
 def tv_for_noise(scan: Scan) -> float:
     "γ = 2α `noise_level` / d_y with α = 2."

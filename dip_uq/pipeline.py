@@ -155,7 +155,7 @@ def solve(scan: Scan, # what was measured
 # %% ../nbs/12_pipeline.ipynb #91bad34d
 def draw_report(s: Solution) -> Figure:
     "Images on top, honesty of the error bars below (pixels of the field of view); without truth, held-out rays alone."
-    fig, axes = plt.subplots(2, 4, figsize=(10, 5.2), dpi=70, layout="constrained")
+    fig, axes = plt.subplots(2, 4, figsize=(10, 5.4), dpi=70, layout="compressed")
     unit, truth, image, std = s.scan.unit or "a.u.", s.scan.truth, s.image.cpu(), s.std.cpu()
     shown = image if truth is None else truth.cpu()
     for ax, (title, picture) in zip(axes[0], {"truth": truth, "filtered back-projection": s.fbp,
@@ -188,7 +188,7 @@ def draw_error_against_std(ax: plt.Axes, error: Tensor, std: Tensor, unit: str, 
     top = float(torch.maximum(predicted.max(), found.max())) * 1.05
     ax.plot([0, top], [0, top], "k--", lw=1)
     ax.set(xlabel=f"predicted standard deviation [{unit}]", ylabel=f"root-mean-square error [{unit}]",
-           title="error against standard deviation", xlim=(0, top), ylim=(0, top), box_aspect=1)
+           title="error against prediction", xlim=(0, top), ylim=(0, top), box_aspect=1)
     ax.locator_params(nbins=4)
     small_text(ax)
 

@@ -44,7 +44,7 @@ def scan(request): return simulate(TRUTH, OPERATORS[request.param], noise=0.1)
 
 
 def fit(scan, net=NET, **options):
-    return reconstruct(scan, net, **dict(tv=1e-4, iterations=25, learning_rate=0.02, progress=False) | options)
+    return reconstruct(scan, net, **dict(tv=1e-4, iterations=25, learning_rate=0.02, start="cgls", progress=False) | options)
 
 
 def weights(recon): return torch.cat([p.detach().flatten() for p in recon.net.parameters()])
@@ -195,13 +195,13 @@ OPTIONS = dict(tv=1e-4, iterations=150, learning_rate=0.02, stop="variance", jit
 
 
 def run_with_state(path):
+    torch.set_num_threads(1)  # the parent's rounding
     dip.STATE_SECONDS = 0.0
     reconstruct(RAYS, UNet(3, 8), resume=path, **OPTIONS)
 
 
 def test_killed_twenty_times(tmp_path):
     "A process that is killed at random moments comes to an end, and to the bits of one that was left alone."
-    torch.set_num_threads(1)
     processes, state = multiprocessing.get_context("forkserver"), tmp_path / "state"
     processes.set_forkserver_preload(["test_dip"])
     rng, kills = np.random.default_rng(0), 0
