@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from dip_uq.data import simulate, walnut
-from dip_uq.dip import descend, first_guess, fresh, reconstruct, total_variation
+from dip_uq.dip import Run, descend, first_guess, fresh, reconstruct, total_variation
 from dip_uq.evidence import Model, conditional_nll, log_parameters, value_and_gradient
 from dip_uq.linearization import Linearization, unit_vectors
 from dip_uq.networks import UNet
@@ -58,7 +58,7 @@ def dip(repeats=40):
     z, scale = first_guess(s)
     net = fresh(UNet(5, 32), 0)
     fitted = torch.tensor([i not in s.held_out for i in range(len(s.measurement))])
-    ours = descend(fresh(net, 0), z, scale, s, 1e-6, 10_000, 5e-3)
+    ours = descend(Run(fresh(net, 0), 5e-3, 10_000), z, scale, s, 1e-6)
     bare = bare_steps(fresh(net, 0), z, s.operator, s.measurement / scale, fitted, 1e-6)
     steps = {"ours": ours, "bare": bare}
     for step in steps.values(): [next(step) for _ in range(3)]
@@ -110,7 +110,7 @@ def rows(count=64, repeats=3):
     flops = 2 * forward_flops(lin)
     return dict(rows_per_second=per_second, ratio=best["ours"] / best["plain"], gflop_per_row=flops / 1e9,
                 sgemm_gflops=median(rates) / 1e9, share_of_sgemm=best["ours"] * flops / median(rates),
-                relative_difference=float(error))
+                relative_difference=float(error.detach()))
 
 
 def evidence(angles=(12, 18, 30, 48, 72, 96), bins=42, repeats=3):
