@@ -57,7 +57,7 @@ if __name__ == "__main__":
             lost, best = losses(scan, tv)
             cases.append(dict(image=image, instrument=name, noise=noise, tv=weight, best=best, lost=lost))
             print(image, name, noise, f"TV {weight}: best {best:.2f} dB;",
-                  ", ".join(f"{rule} −{value:.2f}" for rule, value in lost.items()), flush=True)
+                  ", ".join(f"{rule} {-value:+.2f}" for rule, value in lost.items()), flush=True)
     table = {weight: {rule: dict(median=median(v := [c["lost"][rule] for c in cases if c["tv"] == weight]), worst=max(v))
                       for rule in cases[0]["lost"]} for weight in ("default", "none")}
     out.write_text(json.dumps(dict(table=table, cases=cases), indent=2))
