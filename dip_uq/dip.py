@@ -49,7 +49,8 @@ def first_guess(scan: Scan, # only the readings that may be fitted are used
 
     Raises ValueError where nothing was measured, or where `start` is no name and no image of the scan's shape.
     """
-    A, y = scan.training.operator, scan.training.measurement
+    fitted = scan.training
+    A, y = fitted.operator, fitted.measurement
     rough = cgls(A, y, 10)
     typical, peak = float(rough.abs().quantile(0.99)), float(rough.abs().max())
     if not peak > 0:
@@ -117,8 +118,10 @@ def descend(run: Run, z: Tensor, scale: float, scan: Scan, tv: float, jitter: fl
         error = misfit(scan.operator(x), y, scan.poisson) / power
         data, variation = error[fitted].mean(), total_variation(x)
         loss = data + tv * variation
-        if not loss.isfinite(): raise ValueError(f"learning_rate: {run.optimizer.defaults['lr']} made the loss "
-                                                 f"{loss.item()} in iteration {i}; lower it")
+        if not loss.isfinite():
+            sign = ", or end the network in a sigmoid: counts need a positive mean" if scan.poisson else ""
+            raise ValueError(f"learning_rate: {run.optimizer.defaults['lr']} made the loss {loss.item()} in iteration "
+                             f"{i}; lower it{sign}")
         run.image = scale * x.detach()
         yield dict(loss=loss.item(), data=data.item(), tv=variation.item(),
                    held_out=error[~fitted].mean().item() if scan.held_out else math.nan,
@@ -221,7 +224,7 @@ def revive(net: nn.Module | None, weights: dict[str, Tensor], name: str, setting
                          f"pass one with the same settings ({e})") from e
     return net.eval()
 
-# %% ../nbs/03_dip.ipynb #02e31597
+# %% ../nbs/03_dip.ipynb #88787321
 def run_tensors(run: Run) -> dict[str, Tensor]:
     "The tensors of a run before its present iterate is recorded."
     past, recent = run.history[:run.iteration], list(run.recent)[:-1]
@@ -243,7 +246,7 @@ def restore_run(run: Run, tensors: dict[str, Tensor], about: dict) -> None:
     run.history = [dict(zip(history, losses)) for losses in zip(*history.values())]
     run.recent.extend(tensors.get("recent", ()))
 
-# %% ../nbs/03_dip.ipynb #b61fe6f3
+# %% ../nbs/03_dip.ipynb #5c93414f
 STATE_SECONDS, FIGURE_SECONDS = 30.0, 1.0 # between two states on disk, between two drawings
 
 def every(seconds: float, act: Callable[[Run], None]) -> Callable[[Run], None]:
@@ -258,7 +261,8 @@ def every(seconds: float, act: Callable[[Run], None]) -> Callable[[Run], None]:
 
 def keep_state(run: Run, path: str | Path, scan: Scan, z: Tensor, settings: dict) -> Callable[[Run], None]:
     "Take up the state in `path`, if it is there and belongs to this run; returns what writes the state now and then."
-    mine = dict(settings=settings, held_out=list(scan.held_out), network=type(run.net).__name__)
+    mine = dict(settings=settings, held_out=list(scan.held_out),
+                network=[type(run.net).__name__, getattr(run.net, "settings", None)])
     if Path(path).exists():
         tensors, about = load_tensors(path)
         if {k: about.get(k) for k in mine} != mine:
@@ -274,7 +278,7 @@ def keep_state(run: Run, path: str | Path, scan: Scan, z: Tensor, settings: dict
             iteration=run.iteration, chosen=run.chosen, lowest=run.lowest))
     return every(STATE_SECONDS, save)
 
-# %% ../nbs/03_dip.ipynb #325402b8
+# %% ../nbs/03_dip.ipynb #62c34806
 def draw_run(run: Run, scan: Scan) -> plt.Figure:
     "Data errors so far, what the present image leaves of the measurement, and the image (a middle slice of a volume)."
     fig, axes = plt.subplots(1, 3, figsize=(9.5, 2.7), layout="constrained")
@@ -292,6 +296,7 @@ def draw_run(run: Run, scan: Scan) -> plt.Figure:
 def follow(scan: Scan) -> Callable[[Run], None]:
     "Shows `draw_run` in Jupyter while the run goes on, in place, at no more than 3 % of the time."
     handle = display(display_id=True)
+    if handle is None: raise ValueError("progress: 'live' draws in Jupyter, and this is plain Python; True shows a bar")
     return every(FIGURE_SECONDS, lambda run: handle.update(draw_run(run, scan)))
 
 # %% ../nbs/03_dip.ipynb #bdc75631
@@ -307,13 +312,14 @@ def tv_for_noise(scan: Scan) -> float:
     return 4 * noise_level(scan) / scan.measurement.numel()
 
 # %% ../nbs/03_dip.ipynb #16a6af29
-def check_arguments(scan: Scan, net: nn.Module | None, stop: str) -> None:
+def check_arguments(scan: Scan, net: nn.Module | None, stop: str, progress: bool | str) -> None:
     "Raise TypeError or ValueError for arguments of `reconstruct` that cannot work."
     if not isinstance(scan, Scan): raise TypeError(f"scan is a {type(scan).__name__}; make a dip_uq.data.Scan of it")
     if net is not None and not isinstance(net, nn.Module):
         raise TypeError(f"net is {net!r}, expected a torch module: pass an object such as UNet(), not its class")
     if len(scan.operator.domain_shape) not in (2, 3):
         raise ValueError(f"scan: its images have shape {scan.operator.domain_shape}, but (H, W) or (D, H, W) is needed")
+    if progress not in (True, False, "live"): raise ValueError(f"progress={progress!r}: choose True, False or 'live'")
     if stop not in STOPS: raise ValueError(f"stop: {stop!r} is unknown; choose one of {', '.join(STOPS)}")
     if stop == "discrepancy" and not (scan.noise_std or scan.poisson):
         raise ValueError(f"stop: 'discrepancy' needs scan.noise_std above 0, but it is {scan.noise_std}; give it, or "
@@ -341,7 +347,7 @@ def reconstruct(scan: Scan, # what was measured; its truth, if any, is only scor
     ValueError or TypeError for arguments that cannot work, a state of another run, and a loss that diverges.
     Sources: Ulyanov et al. 2018, Baguer et al. 2020.
     """
-    check_arguments(scan, net, stop)
+    check_arguments(scan, net, stop, progress)
     tv = tv_for_noise(scan) if tv is None else _positive("tv", tv, zero=True)
     learning_rate, jitter = _positive("learning_rate", learning_rate), _positive("jitter", jitter, zero=True)
     iterations, seed = _whole("iterations", iterations), _whole("seed", seed, 0)

@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['write_whole', 'save_tensors', 'load_tensors', 'named']
 
-# %% ../nbs/00_files.ipynb #e0e50f0a
+# %% ../nbs/00_files.ipynb #5b2fb5c5
 import json
 import os
 from pathlib import Path
 
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
-# %% ../nbs/00_files.ipynb #8fc961fa
+# %% ../nbs/00_files.ipynb #0cbf800c
 def write_whole(path: str | Path, data: bytes) -> None:
     "Write a file, in a new folder if need be, that appears only once it is complete."
     part = Path(f"{path}.part")
@@ -22,13 +22,11 @@ def write_whole(path: str | Path, data: bytes) -> None:
     part.write_bytes(data)
     os.replace(part, path)
 
-# %% ../nbs/00_files.ipynb #02332c80
+# %% ../nbs/00_files.ipynb #55a0718c
 def save_tensors(path: str | Path, tensors: dict[str, Tensor], about: dict) -> None:
     "Write tensors and a JSON-able dictionary to a safetensors file that appears only once it is complete."
-    part = Path(f"{path}.part")
-    part.parent.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part, {"about": json.dumps(about)})
-    os.replace(part, path)
+    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    write_whole(path, save(tensors, {"about": json.dumps(about)}))
 
 def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     "Read a file of `save_tensors`; a foreign, truncated or missing one raises ValueError."

@@ -13,7 +13,7 @@ from torch import nn
 
 from dip_uq import dip
 from dip_uq.data import ellipses, simulate
-from dip_uq.dip import Reconstruction, misfit, psnr, reconstruct, total_variation
+from dip_uq.dip import Reconstruction, psnr, reconstruct, total_variation
 from dip_uq.files import load_tensors, save_tensors
 from dip_uq.networks import UNet
 from dip_uq.operators import LinearOperator, as_operator, fan_beam
@@ -249,6 +249,31 @@ def test_states_are_seldom_and_cheap(monkeypatch):
     assert acts[0] == 10 and all(b - a >= 2 + 33 * 2 for a, b in zip(acts, acts[1:])) and len(acts) == 5
 
 
+def test_state_of_another_network(tmp_path, monkeypatch):
+    monkeypatch.setattr(dip, "STATE_SECONDS", 0.0)
+    fit(RAYS, resume=tmp_path / "state")
+    with pytest.raises(ValueError, match="the state of another run"): fit(RAYS, UNet(2, 8), resume=tmp_path / "state")
+
+
+def test_live_figure(monkeypatch):
+    "It is drawn in place while the run goes on, changes nothing, and asks for Jupyter elsewhere."
+    class Handle(list):
+        def update(self, figure): self.append(len(figure.axes[0].lines[0].get_xdata()))
+
+    handle = Handle()
+    monkeypatch.setattr(dip, "FIGURE_SECONDS", 0.0)
+    monkeypatch.setattr(dip, "display", lambda display_id: handle)
+    assert_same(fit(RAYS, progress="live"), fit(RAYS))
+    assert handle and all(1 <= n <= 25 for n in handle)
+    monkeypatch.setattr(dip, "display", lambda display_id: None)  # as IPython does in plain Python
+    with pytest.raises(ValueError, match="plain Python; True shows a bar"): fit(RAYS, progress="live")
+
+
+def test_counts_need_a_positive_mean():
+    counts = replace(RAYS, measurement=RAYS.measurement.clamp(min=0), noise_std=None, poisson=True)
+    with pytest.raises(ValueError, match="end the network in a sigmoid"): fit(counts)  # NET is linear
+
+
 # Files
 
 
@@ -327,7 +352,7 @@ def test_total_variation_and_psnr(shape, seed):
     (dict(tv=float("nan")), "tv has 1 NaN"), (dict(tv="much"), "tv must hold numbers"),
     (dict(iterations=2.5), "iterations must be a whole number"), (dict(learning_rate=float("inf")), "learning_rate has 1 NaN"),
     (dict(seed=-1), "seed=-1 is out of range"), (dict(stop=None), "stop: None is unknown"), (dict(net=3), "net is 3, expected"),
-    (dict(net=nn.Conv2d(1, 1, 3)), r"maps \(1, 1, 14, 16\) to \(1, 1, 12, 14\); it must keep the shape"),
+    (dict(progress="bar"), "progress='bar': choose True"), (dict(net=nn.Conv2d(1, 1, 3)), r"maps \(1, 1, 14, 16\) to \(1, 1, 12, 14\); it must keep the shape"),
 ])
 def test_bad_arguments(options, message):
     with pytest.raises((ValueError, TypeError), match=message): fit(RAYS, **options)
