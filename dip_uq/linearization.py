@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['convolutions', 'patches', 'run_hooked', 'observe', 'Linearization', 'unit_vectors', 'tap_distances', 'stencil_basis',
-           'class_grams', 'add_class_grams']
+           'block_distances', 'class_grams', 'add_class_grams']
 
 # %% ../nbs/05_linearization.ipynb #010d12e7
 import copy
@@ -163,18 +163,24 @@ def stencil_basis(kernel: Sequence[int], # size of a filter, such as (3, 3)
     return torch.linalg.eigh(torch.exp(-distances)[index] + sum(1.7**d * 10 * f for d, f in enumerate(flips)))[1]
 
 # %% ../nbs/05_linearization.ipynb #87d64926
+def block_distances(lin: Linearization,
+                    block: Sequence[str], # names of the convolutions that share hyperparameters
+                   ) -> Tensor: # (R,), float64
+    "All distances between two taps of a filter in one block, ascending; ValueError for names that `lin` does not have."
+    unknown = sorted(set(block) - set(lin.convs))
+    if unknown or not block:
+        raise ValueError(f"block: {unknown or block} must be names of convolutions; choose from {', '.join(lin.convs)}")
+    return torch.cat([tap_distances(lin.convs[name].kernel_size)[0] for name in block]).unique()
+
 def class_grams(lin: Linearization,
                 rows: Tensor, # AJ (n, parameters)
                 block: Sequence[str], # names of the convolutions that share hyperparameters
                ) -> tuple[Tensor, Tensor]: # distances (R,) and Grams (R, n, n), float64
     "G_r = (AJ)(I ⊗ B_r)(AJ)ᵀ over the filters of one block, for each distance r between two taps of a filter."
     _expect("rows", rows, [lin.parameters])
-    unknown = sorted(set(block) - set(lin.convs))
-    if unknown or not block:
-        raise ValueError(f"block: {unknown or block} must be names of convolutions; choose from {', '.join(lin.convs)}")
+    distances = block_distances(lin, block)
     parts = [(m.kernel_size, part) for (name, m), part in zip(lin.convs.items(), rows.split(lin.sizes, 1))
              if name in block]
-    distances = torch.cat([tap_distances(kernel)[0] for kernel, _ in parts]).unique()
     n, widest = len(rows), max(part.shape[1] for _, part in parts)
     require_memory(8 * n * ((len(distances) + 2) * n + 2 * widest), f"{len(distances)} Grams of {n} rays",
                    "measure fewer rays (angles or bins)")
