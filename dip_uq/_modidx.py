@@ -286,4 +286,7 @@ d = { 'settings': { 'branch': 'main',
                                'dip_uq.priors.network_blocks': ('tv_prior.html#network_blocks', 'dip_uq/priors.py'),
                                'dip_uq.priors.one_block': ('tv_prior.html#one_block', 'dip_uq/priors.py'),
                                'dip_uq.priors.tap_covariance': ('tv_prior.html#tap_covariance', 'dip_uq/priors.py'),
-                               'dip_uq.priors.tv_strength': ('tv_prior.html#tv_strength', 'dip_uq/priors.py')}}}
+                               'dip_uq.priors.tv_strength': ('tv_prior.html#tv_strength', 'dip_uq/priors.py')},
+            'dip_uq.spectral': { 'dip_uq.spectral.SVD': ('spectral.html#svd', 'dip_uq/spectral.py'),
+                                 'dip_uq.spectral.jacobian_svd': ('spectral.html#jacobian_svd', 'dip_uq/spectral.py'),
+                                 'dip_uq.spectral.randomised_svd': ('spectral.html#randomised_svd', 'dip_uq/spectral.py')}}}
