@@ -80,7 +80,7 @@ class Linearization:
     def __init__(self,
                  recon: Reconstruction, # image x̂, network with the weights θ*, input z
                 ):
-        self.recon, self.net, self._graph = recon, copy.deepcopy(recon.net).requires_grad_(False), None
+        self.recon, self.net = recon, copy.deepcopy(recon.net).requires_grad_(False)
         self.convs = convolutions(self.net)
         self.sizes = [m.weight.numel() for m in self.convs.values()]
         self.parameters = sum(self.sizes)
@@ -96,14 +96,22 @@ class Linearization:
         return self.recon.scale * run_hooked(self.net, hooks, z)[:, 0]
 
     def vjp(self, u: Tensor) -> Tensor: # u (B, H, W) → (B, parameters)
-        "Jᵀu: one backward pass to the taps, then one matrix product with the patches for each convolution."
-        _expect("u", u, self.recon.image.shape)
-        if self._graph is None or len(self._graph[1]) != len(u):
-            taps = [self.recon.z.new_zeros(len(u), *s).requires_grad_() for s in self.shapes]
-            self._graph = taps, self.tapped(taps)
-        taps, images = self._graph
-        grads = torch.autograd.grad(images, taps, u, retain_graph=True)
-        return torch.cat([(g.flatten(2) @ p.mT).flatten(1) for g, p in zip(grads, self.patches)], 1)
+        "Jᵀu; for many batches take `pullback`."
+        return self.pullback(len(u))(u)
+
+    def pullback(self, batch: int) -> Callable[[Tensor], Tensor]:
+        """The function u ↦ Jᵀu for u (B, H, W), B ≤ `batch`; it keeps the memory of one forward pass of `batch` images.
+
+        One backward pass to the taps, then one matrix product with the patches for each convolution.
+        """
+        taps = [self.recon.z.new_zeros(batch, *s).requires_grad_() for s in self.shapes]
+        images = self.tapped(taps)
+        def pull(u):
+            _expect("u", u, self.recon.image.shape)
+            if len(u) > batch: raise ValueError(f"u: has {len(u)} images, but pullback({batch}) takes {batch} at most")
+            grads = torch.autograd.grad(images[:len(u)], taps, u, retain_graph=True)
+            return torch.cat([(g[:len(u)].flatten(2) @ p.mT).flatten(1) for g, p in zip(grads, self.patches)], 1)
+        return pull
 
     @torch.no_grad()
     def jvp(self, v: Tensor) -> Tensor: # v (B, parameters) → (B, H, W)
@@ -123,9 +131,9 @@ class Linearization:
         if chunk < 1: raise ValueError(f"chunk: {chunk} must be at least 1 row in a backward pass")
         require_memory(n * self.parameters * self.recon.z.element_size(), f"AJ of {n} rays × {self.parameters} weights",
                        "measure fewer rays (angles or bins) or use a network with fewer channels")
-        out = self.recon.z.new_empty(n, self.parameters)
+        out, pull = self.recon.z.new_empty(n, self.parameters), self.pullback(min(chunk, n))
         for i in tqdm(range(0, n, chunk), "rows of AJ", disable=not progress):
-            out[i:i + chunk] = self.vjp(operator.T(unit_vectors(shape, range(i, min(i + chunk, n)), out)))
+            out[i:i + chunk] = pull(operator.T(unit_vectors(shape, range(i, min(i + chunk, n)), out)))
         return out
 
 # %% ../nbs/05_linearization.ipynb #a77c7cdb

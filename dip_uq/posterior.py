@@ -53,9 +53,10 @@ class Posterior:
         """
         image = self.lin.recon.image
         variance, smallest = image.new_empty(image.numel()), torch.finfo(image.dtype).eps
+        pull = self.lin.pullback(min(chunk, len(variance)))
         for i in tqdm(range(0, len(variance), chunk), "std", disable=not progress):
             e = unit_vectors(image.shape, range(i, min(i + chunk, len(variance))), image)
-            prior, cross = self.covariance_with(self.lin.vjp(e))
+            prior, cross = self.covariance_with(pull(e))
             prior = prior.diagonal()
             variance[i:i + chunk] = torch.maximum(prior - cross.square().sum(0), smallest * prior)
         return self.scale * variance.sqrt().view(image.shape)

@@ -145,12 +145,11 @@ class TVPrior:
         x, pairs = lin.recon.image.flatten().double(), neighbours(lin.recon.image.shape)
         chosen = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed))[:count].sort()[0]
         distances = {b: block_distances(lin, names) for b, names in blocks.items()}
-        found = {b: [] for b in blocks}
+        found, pull = {b: [] for b in blocks}, lin.pullback(min(chunk, len(chosen)))
         for ends in tqdm(pairs[chosen].split(chunk), "differences of J", disable=not progress):
             u = lin.recon.z.new_zeros(len(ends), len(x))
             u.scatter_(1, ends.to(u.device), u.new_tensor([-1.0, 1.0]).expand(len(ends), 2))
-            rows = lin.vjp(u.view(-1, *lin.recon.image.shape))
-            parts = dict(zip(lin.convs, rows.split(lin.sizes, 1)))
+            parts = dict(zip(lin.convs, pull(u.view(-1, *lin.recon.image.shape)).split(lin.sizes, 1)))
             for b, names in blocks.items():
                 found[b].append(sum(class_squares(parts[c], lin.convs[c].kernel_size, distances[b]) for c in names))
         differences = x[pairs[:, 1]] - x[pairs[:, 0]]
