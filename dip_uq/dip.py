@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from .data import Scan, _positive, _real, _whole
 from .files import load_tensors, named, save_tensors
 from .networks import NETWORKS, UNet, fresh, seeded
-from .operators import RayTransform, blur, cgls, fbp
+from .operators import blur, cgls, fbp
 from .plotting import show_image
 
 # %% ../nbs/03_dip.ipynb #bf7fd3c4
@@ -41,7 +41,7 @@ def psnr(image: Tensor, truth: Tensor) -> float:
 
 # %% ../nbs/03_dip.ipynb #ab8b9750
 def first_guess(scan: Scan, # only the readings that may be fitted are used
-                start: str | Tensor | None = None, # one of `STARTS`, or an image; None: "cgls" for rays, else "smooth"
+                start: str | Tensor = "noise", # one of `STARTS`, or an image
                 seed: int = 0, # of the noise
                 channels: int = 1, # of the noise
                ) -> tuple[Tensor, float]:
@@ -57,7 +57,6 @@ def first_guess(scan: Scan, # only the readings that may be fitted are used
         raise ValueError("scan.measurement: all rays to be fitted are zero, so there is no image to scale; check that "
                          "the measurement is log-transformed attenuation and not empty")
     scale = typical if peak < 2 * typical else peak
-    if start is None: start = "cgls" if isinstance(A, RayTransform) else "smooth"
     if isinstance(start, Tensor): return (_real("start", start, rough.shape).to(rough) / scale)[None, None], scale
     if start not in STARTS: raise ValueError(f"start: {start!r} is unknown; choose one of {', '.join(STARTS)}")
     if start == "noise":
@@ -66,7 +65,7 @@ def first_guess(scan: Scan, # only the readings that may be fitted are used
     if start == "fbp": rough = fbp(A, y, "hann")
     return (rough / scale)[None, None], scale
 
-STARTS = "cgls", "smooth", "fbp", "noise"
+STARTS = "noise", "cgls", "smooth", "fbp"
 
 # %% ../nbs/03_dip.ipynb #29c63866
 def picture(net: nn.Module, z: Tensor) -> Tensor: # z (1, channels, *image) → (*image)
@@ -87,14 +86,15 @@ class Run:
         self.net, self.seed, self.iterations, self.iteration = net, seed, iterations, 0
         self.optimizer = torch.optim.Adam(net.parameters(), learning_rate)
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, learning_rate, total_steps=iterations)
-        self.image, self.history = None, []
+        self.image, self.history, self.usual = None, [], 0.01
         self.lowest, self.chosen, self.weights, self.recent = math.inf, None, {}, deque(maxlen=100)
 
     def step(self, loss: Tensor) -> None:
-        "One step of Adam along the gradient, which is clipped to norm 1."
+        "One step of Adam along the gradient, which is clipped to twice its `usual` norm, a running average."
         self.optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
+        norm = min(float(nn.utils.clip_grad_norm_(self.net.parameters(), 2 * self.usual)), 2 * self.usual)
+        self.usual = 0.95 * self.usual + 0.05 * norm
         self.optimizer.step()
         self.schedule.step()
         self.iteration += 1
@@ -129,7 +129,7 @@ def descend(run: Run, z: Tensor, scale: float, scan: Scan, tv: float, jitter: fl
         run.step(loss)
 
 # %% ../nbs/03_dip.ipynb #7b044ec9
-STOPS = "heldout", "discrepancy", "variance", "fixed"
+STOPS = "variance", "heldout", "discrepancy", "fixed"
 
 def moving_variance(images: Sequence[Tensor], window: int) -> float:
     "Mean squared distance of `window` images from their mean; infinite where there are fewer (Wang et al. 2021)."
@@ -240,7 +240,7 @@ def restore_run(run: Run, tensors: dict[str, Tensor], about: dict) -> None:
     adam = {int(i): named(tensors, f"adam.{i}.") for i in {k.split(".")[1] for k in tensors if k.startswith("adam.")}}
     run.optimizer.load_state_dict(dict(state=adam, param_groups=about["groups"]))
     run.schedule.load_state_dict(about["schedule"])
-    run.iteration, run.chosen, run.lowest = about["iteration"], about["chosen"], about["lowest"]
+    run.iteration, run.chosen, run.lowest, run.usual = (about[k] for k in ("iteration", "chosen", "lowest", "usual"))
     run.weights = named(tensors, "chosen.")
     history = {k: v.tolist() for k, v in named(tensors, "history.").items()}
     run.history = [dict(zip(history, losses)) for losses in zip(*history.values())]
@@ -275,7 +275,7 @@ def keep_state(run: Run, path: str | Path, scan: Scan, z: Tensor, settings: dict
     def save(run):
         save_tensors(path, run_tensors(run) | dict(z=z, measurement=scan.measurement), mine | dict(
             groups=run.optimizer.state_dict()["param_groups"], schedule=run.schedule.state_dict(),
-            iteration=run.iteration, chosen=run.chosen, lowest=run.lowest))
+            iteration=run.iteration, chosen=run.chosen, lowest=run.lowest, usual=run.usual))
     return every(STATE_SECONDS, save)
 
 # %% ../nbs/03_dip.ipynb #62c34806
@@ -332,10 +332,10 @@ def reconstruct(scan: Scan, # what was measured; its truth, if any, is only scor
                 net: nn.Module | None = None, # (1, 1, *image) → (1, 1, *image); a `UNet` of the image's dimension
                 tv: float | None = None, # γ, the weight of |x|_TV, x in units of the scale; None: `tv_for_noise`
                 iterations: int = 1500, # Adam steps at most
-                stop: str = "heldout", # rule: "heldout", "discrepancy", "variance" or "fixed"
-                learning_rate: float = 5e-3, # peak of the one-cycle schedule
+                stop: str = "variance", # rule: "variance", "heldout", "discrepancy" or "fixed"
+                learning_rate: float = 1e-2, # peak of the one-cycle schedule
                 seed: int = 0, # of the initial weights, and of all noise in the input
-                start: str | Tensor | None = None, # the input z: one of `STARTS` or an image, see `first_guess`
+                start: str | Tensor = "noise", # the input z: one of `STARTS` or an image, see `first_guess`
                 jitter: float = 0.0, # standard deviation of noise that is added to z, anew in each iteration
                 resume: str | Path | None = None, # keeps the state of the run; where it exists, the run goes on from it
                 progress: bool | str = True, # show a bar; "live": in Jupyter, also a figure that follows the run

@@ -1,0 +1,48 @@
+"""What the live figure costs: the processor time of a fit in a real Jupyter kernel with `progress="live"`, and without.
+
+    python benchmarks/live.py --out live.json [--iterations 400] [--rounds 3]
+
+Runs in turns in one kernel, 96² pixels, U-Net 4 × 16; processor time, as other programs on the machine do not count in it.
+"""
+import argparse
+import json
+from pathlib import Path
+from statistics import median
+
+import nbformat
+from nbclient import NotebookClient
+
+CODE = """
+import json
+from time import process_time
+import numpy as np, torch
+from dip_uq.data import simulate, walnut
+from dip_uq.dip import reconstruct
+from dip_uq.networks import UNet
+from dip_uq.operators import fan_beam
+
+torch.set_num_threads(1)
+A = fan_beam(np.linspace(0, 2 * np.pi, 30, endpoint=False), (96, 96), 105, 1.4, 288, 144)
+scan, times = simulate(walnut(96), A, 0.05), {{"off": [], "live": []}}
+for _ in range({rounds}):
+    for name, progress in ("off", False), ("live", "live"):
+        began = process_time()
+        reconstruct(scan, UNet(4, 16), iterations={iterations}, progress=progress)
+        times[name].append(process_time() - began)
+print(json.dumps(times))
+"""
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="JSON file for the figures")
+    parser.add_argument("--iterations", type=int, default=400)
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    cell = nbformat.v4.new_code_cell(CODE.format(iterations=args.iterations, rounds=args.rounds))
+    NotebookClient(notebook := nbformat.v4.new_notebook(cells=[cell]), timeout=None).execute()
+    outputs = notebook.cells[0].outputs
+    times = json.loads(next(o.text for o in outputs if o.output_type == "stream" and o.name == "stdout"))
+    figures = sum("image/png" in o.get("data", {}) for o in outputs)
+    found = dict(seconds=times, cost=median(times["live"]) / median(times["off"]) - 1, figures_shown=figures)
+    args.out.write_text(json.dumps(found, indent=2))
+    print(json.dumps(found, indent=2))
