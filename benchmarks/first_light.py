@@ -93,7 +93,7 @@ def plain_rows(recon, operator, indices, chunk):
 
 def rows(count=64, repeats=3):
     s = scan()
-    recon = reconstruct(s, UNet(5, 32), iterations=5, progress=False)
+    recon = reconstruct(s, UNet(5, 32), iterations=5, stop="heldout", progress=False)
     lin, A = Linearization(recon), s.operator
     def ours(chunk):
         pull = lin.pullback(chunk)
@@ -120,7 +120,7 @@ def evidence(angles=(12, 18, 30, 48, 72, 96), bins=42, repeats=3):
     sizes, times = [], []
     for n in angles:
         s = scan(48, n, bins)
-        lin = Linearization(reconstruct(s, UNet(3, 8), iterations=5, progress=False))
+        lin = Linearization(reconstruct(s, UNet(3, 8), iterations=5, stop="heldout", progress=False))
         model = Model.build(lin)
         start, _ = log_parameters(model, s.noise_std)
         def evaluate():

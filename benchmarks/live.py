@@ -2,7 +2,7 @@
 
     python benchmarks/live.py --out live.json [--iterations 400] [--rounds 3]
 
-Runs in turns in one kernel, 96² pixels, U-Net 4 × 16; processor time, as other programs on the machine do not count in it.
+Runs in turns in one kernel, 96² pixels, U-Net 4 × 16; processor time, since other programs do not count in it.
 """
 import argparse
 import json

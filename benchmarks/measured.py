@@ -1,17 +1,17 @@
 """Measured scans: filtered back-projection, CGLS, total variation and the deep image prior, with the same projections.
 
     python benchmarks/measured.py --out measured.jsonl [--names ta tb] [--angles 30 60] [--sizes 128 256]
-                                   [--methods fbp dip+tv] [--iterations 1500]
+                                   [--methods fbp dip+tv] [--iterations 1000]
 
-The scans are from the Helsinki Tomography Challenge 2022; the truth is the published reconstruction from all 720 angles. One line
-of JSON for each case and method; called again with the same file, it goes on where it stopped, and prints the table.
+The scans are from the Helsinki Tomography Challenge 2022; the truth is the published reconstruction from all 720 angles. One
+line of JSON for each case and method; called again with the same file, it goes on where it stopped, and prints the table.
 
-cgls, tv-oracle   have the number of steps or the weight that is best against the truth; each figure is the best for itself
+cgls, tv-oracle   have the number of steps or the weight that is best against the truth, each figure the best for itself
 tv-held-out       chooses its weight on every sixth projection, and takes all of them for the image
 dip, dip+tv       the defaults of `reconstruct`, without and with TV; nothing is chosen by the truth
 
-`psnr` and `ssim` are of the whole image, `psnr_seen` is of the field of view: outside it the published image holds an offset where
-there is air, which whoever has none pays for.
+`psnr` and `ssim` are of the whole image, `psnr_seen` is of the field of view: outside it the published image holds an offset
+where there is air, and whoever has none pays for it.
 """
 import argparse
 import json
@@ -115,7 +115,7 @@ def main():
     parser.add_argument("--angles", nargs="+", type=int, default=[30, 60])
     parser.add_argument("--sizes", nargs="+", type=int, default=[128, 256])
     parser.add_argument("--methods", nargs="+", default=["fbp", "cgls", "tv-oracle", "tv-held-out", "dip", "dip+tv"])
-    parser.add_argument("--iterations", type=int, default=1500)
+    parser.add_argument("--iterations", type=int, default=1000)
     args = parser.parse_args()
     lines = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
     done = {(d["name"], d["angles"], d["size"], d["method"]) for d in lines}

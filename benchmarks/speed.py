@@ -2,9 +2,9 @@
 
     python benchmarks/speed.py --out speed.json [--size 128] [--repeats 12]
 
-A step (forward, loss, backward, clipping, Adam) of a 5 × 32 U-Net, in each way and in turns with plain float32, so that what
-else the machine does meets all of them alike; medians and ratios to float32 of the same round. `quality` fits a small walnut in
-float32 and bfloat16 and gives the difference of the PSNR.
+A step (forward, loss, backward, clipping, Adam) of a 5 × 32 U-Net, in each way and in turns with plain float32, so that
+what else the machine does meets all of them alike; medians and ratios to float32 of the same round. `quality` fits a small
+walnut in float32 and in bfloat16 and gives the PSNR of both.
 """
 import argparse
 import json
@@ -66,7 +66,8 @@ def ways(s, repeats):
         try: seconds(running[name], 2)  # compilation, first allocations
         except Exception as e: failed[name] = f"{type(e).__name__}: {e}"[:200]
     rounds = [{name: seconds(steps) for name, steps in running.items() if name not in failed} for _ in range(repeats)]
-    return failed | {name: dict(seconds=median(r[name] for r in rounds), ratio=median(r[name] / r["float32"] for r in rounds))
+    return failed | {name: dict(seconds=median(r[name] for r in rounds),
+                                ratio=median(r[name] / r["float32"] for r in rounds))
                      for name in running if name not in failed}
 
 

@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
                                description="Reconstruct a scan from a file, with error bars.")
     file.add_argument("scan", metavar="SCAN", help=".npz in the documented layout, or htc2022_…_full.mat")
     file.add_argument("--bins", type=int, help="detector pixels after averaging (default: fits the image size)")
-    for p, size, iterations, scales, channels in ((demo, 96, 1000, 4, 16), (file, 128, 3000, 5, 32)):
+    for p, size, iterations, scales, channels in ((demo, 96, 600, 4, 16), (file, 128, 1000, 5, 32)):
         p.add_argument("--angles", type=int, default=30,
                        help="projections to use, held-out ones included (default %(default)s)")
         p.add_argument("--size", type=int, default=size,

@@ -90,10 +90,11 @@ class Run:
         self.lowest, self.chosen, self.weights, self.recent = math.inf, None, {}, deque(maxlen=100)
 
     def step(self, loss: Tensor) -> None:
-        "One step of Adam along the gradient, which is clipped to twice its `usual` norm, a running average."
+        "One step of Adam along the gradient, which is clipped to 1.2 times its `usual` norm, a running average."
         self.optimizer.zero_grad()
         loss.backward()
-        norm = min(float(nn.utils.clip_grad_norm_(self.net.parameters(), 2 * self.usual)), 2 * self.usual)
+        limit = 1.2 * self.usual
+        norm = min(float(nn.utils.clip_grad_norm_(self.net.parameters(), limit)), limit)
         self.usual = 0.95 * self.usual + 0.05 * norm
         self.optimizer.step()
         self.schedule.step()
@@ -331,9 +332,9 @@ def check_arguments(scan: Scan, net: nn.Module | None, stop: str, progress: bool
 def reconstruct(scan: Scan, # what was measured; its truth, if any, is only scored
                 net: nn.Module | None = None, # (1, 1, *image) → (1, 1, *image); a `UNet` of the image's dimension
                 tv: float | None = None, # γ, the weight of |x|_TV, x in units of the scale; None: `tv_for_noise`
-                iterations: int = 1500, # Adam steps at most
+                iterations: int = 1000, # Adam steps at most
                 stop: str = "variance", # rule: "variance", "heldout", "discrepancy" or "fixed"
-                learning_rate: float = 1e-2, # peak of the one-cycle schedule
+                learning_rate: float = 5e-3, # peak of the one-cycle schedule
                 seed: int = 0, # of the initial weights, and of all noise in the input
                 start: str | Tensor = "noise", # the input z: one of `STARTS` or an image, see `first_guess`
                 jitter: float = 0.0, # standard deviation of noise that is added to z, anew in each iteration

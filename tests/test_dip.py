@@ -121,7 +121,7 @@ def test_few_iterations(iterations):
 def test_one_projection_can_be_fitted():
     one = replace(RAYS, measurement=RAYS.measurement[:1], operator=RAYS.operator[:1])
     assert_consistent(fit(one, stop="fixed"))
-    with pytest.raises(ValueError, match="needs at least 2 projections, and the scan has 1"): fit(one)
+    with pytest.raises(ValueError, match="needs at least 2 projections, and the scan has 1"): fit(one, stop="heldout")
 
 
 # Randomness

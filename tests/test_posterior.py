@@ -36,7 +36,7 @@ def recon():
     truth[4:12, 5:11], truth[6:9, 7:9] = 1, 0.5
     scan = simulate(truth, fan(np.linspace(0, 2 * np.pi, ANGLES, endpoint=False)), noise=0.03).hold_out(2)
     scan = replace(scan, noise_std=None)  # so that it is fitted
-    return in_float64(reconstruct(scan, UNet(3, 6, 2), iterations=150, progress=False))
+    return in_float64(reconstruct(scan, UNet(3, 6, 2), iterations=150, stop="heldout", progress=False))
 
 
 def conv_layers(net):
@@ -188,7 +188,7 @@ def test_any_operator_will_do():
     truth[4:12, 5:11] = 1
     measured = A(truth) + 0.02 * torch.randn(12, 10, generator=torch.Generator().manual_seed(1))
     scan = Scan(measured, A, truth, 0.02).hold_out(3)
-    recon = reconstruct(scan, UNet(2, 4), iterations=100, progress=False)
+    recon = reconstruct(scan, UNet(2, 4), iterations=100, stop="heldout", progress=False)
     posterior = Posterior(fit_evidence(Linearization(recon), progress=False))
     assert posterior.std().isfinite().all() and (posterior.std() > 0).all()
     assert posterior.predict(A)[1].shape == (120, 120)
