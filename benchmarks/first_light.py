@@ -20,7 +20,7 @@ from torch import nn
 
 from dip_uq.data import simulate, walnut
 from dip_uq.dip import Run, descend, first_guess, fresh, reconstruct, total_variation
-from dip_uq.evidence import Model, conditional_nll, log_parameters, value_and_gradient
+from dip_uq.evidence import Model, conditional_objective, log_parameters, value_and_gradient
 from dip_uq.linearization import Linearization, unit_vectors
 from dip_uq.networks import UNet
 from dip_uq.operators import fan_beam
@@ -124,7 +124,7 @@ def evidence(angles=(12, 18, 30, 48, 72, 96), bins=42, repeats=3):
         model = Model.build(lin)
         start, _ = log_parameters(model, s.noise_std)
         def evaluate():
-            value_and_gradient(start, model, s.noise_std, lambda K: conditional_nll(K, model.residual, model.training))
+            value_and_gradient(start, model, s.noise_std, conditional_objective(model))
         evaluate()
         sizes.append(len(model.residual))
         times.append(median(seconds(evaluate) for _ in range(repeats)))

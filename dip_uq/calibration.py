@@ -56,12 +56,10 @@ class HeldOutCheck:
 
 def held_out_errors(evidence: Evidence, scale: float = 1.0) -> tuple[Tensor, Tensor]: # both (held-out rays,), float64
     "r_h = y_h − A_h x̂ and the standard deviation that diag(s² A_h Σ_{x|y_t} A_hᵀ) + σ_y² predicts; y_t: fitted rays."
-    t, r = evidence.model.training, evidence.model.residual
-    if t == len(r): raise ValueError("evidence: no projection was held out, so nothing is left to check; "
+    r, noise = evidence.held_out_residual, evidence.noise_std**2
+    if not len(r): raise ValueError("evidence: no projection was held out, so nothing is left to check; "
                                      "reconstruct with stop='heldout' or scan.hold_out(n)")
-    noise = evidence.noise_std**2
-    predicted = (evidence.factor[t:, t:].square().sum(1) - noise).clamp(min=0)
-    return r[t:], (scale**2 * predicted + noise).sqrt()
+    return r, (scale**2 * evidence.held_out_covariance.diagonal().clamp(min=0) + noise).sqrt()
 
 def check_held_out(evidence: Evidence) -> HeldOutCheck:
     """Compare what was held out with its prediction, and find s² = (mean r_h² − σ_y²) / mean diag(A_h Σ_{x|y_t} A_hᵀ).
@@ -70,11 +68,11 @@ def check_held_out(evidence: Evidence) -> HeldOutCheck:
     scale is never zero, but not as more than predicted, so that it is not raised above 1 by that.
     """
     r, std = held_out_errors(evidence)
-    noise, t = evidence.noise_std**2, evidence.model.training
+    noise = evidence.noise_std**2
     predicted = float(std.square().mean()) - noise
     surplus = max(float(r.square().mean()) - noise, min(noise * math.sqrt(2 / len(r)), predicted))
     scale = math.sqrt(surplus / predicted)
-    L, identity = evidence.factor[t:, t:], torch.eye(len(r), dtype=r.dtype, device=r.device)
-    spread = torch.linalg.matrix_norm(scale**2 * (L @ L.T - noise * identity) + noise * identity)
+    P, identity = evidence.held_out_covariance, torch.eye(len(r), dtype=r.dtype, device=r.device)
+    spread = torch.linalg.matrix_norm(scale**2 * P + noise * identity)
     error = math.sqrt(2) * float(spread) / (len(r) * predicted) / (2 * scale)
     return HeldOutCheck(z_std(r, std), coverage(r, std), scale, error)

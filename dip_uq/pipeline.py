@@ -74,7 +74,7 @@ class Solution:
             heldout_zstd=self.check.z_std, heldout_coverage95=self.check.coverage95, heldout_scale=self.check.scale,
             heldout_scale_error=self.check.scale_error, correction=self.check.correction,
             noise_std=evidence.noise_std, std_method=self.std_method,
-            evidence=dict(value=evidence.value, method="exact", objective=evidence.objective,
+            evidence=dict(value=evidence.value, method=evidence.method, objective=evidence.objective,
                           evaluations=evidence.evaluations),
             prior={b: dict(variance=prior.variance[b], length=prior.length[b]) for b in prior.blocks},
             reconstruction=self.recon.settings, seed=self.recon.settings["seed"],

@@ -87,9 +87,10 @@ def jacobian_svd(lin: Linearization,
                 ) -> SVD:
     "The leading singular values and vectors of J or of AJ, from JVPs and VJPs alone."
     shape = lin.recon.image.shape
+    pull = lin.pullback(settings.get("block", 16))
     def product(v): return (lin.jvp(v) if operator is None else operator(lin.jvp(v))).flatten(1)
     def adjoint(u):
-        return lin.vjp(u.view(-1, *shape) if operator is None else operator.T(u.view(-1, *operator.range_shape)))
+        return pull(u.view(-1, *shape) if operator is None else operator.T(u.view(-1, *operator.range_shape)))
 
     like = torch.empty(lin.parameters, dtype=lin.recon.z.dtype, device=lin.recon.z.device)
     return randomised_svd(product, adjoint, like, **settings)
