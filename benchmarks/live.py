@@ -24,6 +24,7 @@ from dip_uq.operators import fan_beam
 torch.set_num_threads(1)
 A = fan_beam(np.linspace(0, 2 * np.pi, 30, endpoint=False), (96, 96), 105, 1.4, 288, 144)
 scan, times = simulate(walnut(96), A, 0.05), {{"off": [], "live": []}}
+reconstruct(scan, UNet(4, 16), iterations=20, progress=False)
 for _ in range({rounds}):
     for name, progress in ("off", False), ("live", "live"):
         began = process_time()
