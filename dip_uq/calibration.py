@@ -58,7 +58,7 @@ def held_out_errors(evidence: Evidence, scale: float = 1.0) -> tuple[Tensor, Ten
     "r_h = y_h − A_h x̂ and the standard deviation that diag(s² A_h Σ_{x|y_t} A_hᵀ) + σ_y² predicts; y_t: fitted rays."
     r, noise = evidence.held_out_residual, evidence.noise_std**2
     if not len(r): raise ValueError("evidence: no projection was held out, so nothing is left to check; "
-                                     "reconstruct with stop='heldout' or scan.hold_out(n)")
+                                    "reconstruct with stop='heldout' or scan.hold_out(n)")
     return r, (scale**2 * evidence.held_out_covariance.diagonal().clamp(min=0) + noise).sqrt()
 
 def check_held_out(evidence: Evidence) -> HeldOutCheck:

@@ -170,9 +170,11 @@ def best_weights(lin: Linearization) -> Tensor: # (parameters,)
     "θ*, the weights of all convolutions."
     return torch.cat([m.weight.detach().flatten() for m in lin.convs.values()])
 
-def centred_residual(model: Model, theta: Tensor) -> tuple[Tensor, tuple[int, float]]: # (fitted rays,), `outside`
+def centred_residual(model: Model,
+                     theta: Tensor | float = 0.0, # (parameters,), or one number for all
+                    ) -> tuple[Tensor, tuple[int, float]]: # (fitted rays,), `outside`
     "y_t − A (x̂ + J (θ − θ*)): what weights θ of the linear model leave of the fitted rays, and what a basis misses."
-    shift = best_weights(model.lin) - theta.to(model.rows)
+    shift = best_weights(model.lin) - theta
     if model.basis is None: return (model.residual + (model.rows @ shift).double())[:model.training], (0, 0.0)
     W, (operator, r, t) = model.basis[0], fitted_first(model.lin)
     r = (r + operator(model.lin.jvp(shift[None]))[0].flatten().double())[:t]
@@ -181,7 +183,7 @@ def centred_residual(model: Model, theta: Tensor) -> tuple[Tensor, tuple[int, fl
 
 def joint_objective(model: Model) -> Objective:
     "−log p(y_t) of the fitted rays under the linear model, y_t − A (x̂ − Jθ*) ~ N(0, K_yy), as a function of K_yy."
-    t, (r, outside) = model.training, centred_residual(model, 0 * best_weights(model.lin))
+    t, (r, outside) = model.training, centred_residual(model)
     return lambda K, noise, *_: joint_nll(K[:t, :t], r) + noise_nll(*outside, noise)
 
 # %% ../nbs/08_evidence.ipynb #d2a0002b
@@ -315,7 +317,7 @@ def exact_bytes(lin: Linearization, shared: bool) -> float:
 def linear_mode(evidence: Evidence) -> Tensor: # (parameters,)
     "θ̄, the most probable weights of the linear model given the fitted rays: Σ_θ (AJ)ᵀ K⁻¹ (y − A (x̂ − Jθ*))."
     model, t = evidence.model, evidence.model.training
-    r, _ = centred_residual(model, 0 * best_weights(model.lin))
+    r, _ = centred_residual(model)
     solved = torch.cholesky_solve(r[:, None], evidence.factor[:t, :t])[:, 0].to(model.rows)
     return evidence.prior.apply(model.lin, solved @ model.rows[:t])
 
@@ -377,7 +379,7 @@ def exact_g(model: Model, # exact; its fitted rays count
             noise_std: float, # σ_y
            ) -> tuple[GPrior, float]: # and the log evidence
     "The g of the largest joint evidence, from the eigenvalues of the Gram of scaled weights."
-    prior, (r, _) = GPrior.build(model.rows[:model.training], 1.0), centred_residual(model, 0 * best_weights(model.lin))
+    prior, (r, _) = GPrior.build(model.rows[:model.training], 1.0), centred_residual(model)
     scaled = (model.rows[:model.training] * prior.std).double()
     eigenvalues, vectors = torch.linalg.eigh(scaled @ scaled.T)
     squares = (vectors.T @ r).square()
@@ -395,7 +397,7 @@ def sampled_g(model: Model, # its fitted rays count
               seed: int = 0) -> list[GPrior]: # after each step
     "The same g by sampling, products with AJ and conjugate gradients (arXiv:2210.04994)."
     generator, rows = torch.Generator().manual_seed(seed), model.rows[:model.training]
-    r, _ = centred_residual(model, 0 * best_weights(model.lin))
+    r, _ = centred_residual(model)
     prior = GPrior.build(rows, 1.0)
     prior = replace(prior, g=float(r.square().sum() / (rows * prior.std).square().sum()))
     white = prior.sample(model.lin, samples, generator) / math.sqrt(prior.g)
