@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -95,6 +94,11 @@ class Linearization:
         z = self.recon.z.expand(len(taps[0]), *self.recon.z.shape[1:])
         return self.recon.scale * run_hooked(self.net, hooks, z)[:, 0]
 
+    def opened(self, batch: int) -> tuple[list[Tensor], Tensor]: # taps, images (batch, H, W)
+        "Closed taps that ask for gradients, and the images that depend on them."
+        taps = [self.recon.z.new_zeros(batch, *s).requires_grad_() for s in self.shapes]
+        return taps, self.tapped(taps)
+
     def vjp(self, u: Tensor) -> Tensor: # u (B, H, W) → (B, parameters)
         "Jᵀu; for many batches take `pullback`."
         return self.pullback(len(u))(u)
@@ -104,25 +108,31 @@ class Linearization:
 
         One backward pass to the taps, then one matrix product with the patches for each convolution.
         """
-        taps = [self.recon.z.new_zeros(batch, *s).requires_grad_() for s in self.shapes]
-        images = self.tapped(taps)
+        taps, images = self.opened(batch)
         def pull(u):
-            _expect("u", u, self.recon.image.shape)
-            if len(u) > batch: raise ValueError(f"u: has {len(u)} images, but pullback({batch}) takes {batch} at most")
+            _expect("u", u, self.recon.image.shape, batch)
             grads = torch.autograd.grad(images[:len(u)], taps, u, retain_graph=True)
             return torch.cat([(g[:len(u)].flatten(2) @ p.mT).flatten(1) for g, p in zip(grads, self.patches)], 1)
         return pull
 
-    @torch.no_grad()
     def jvp(self, v: Tensor) -> Tensor: # v (B, parameters) → (B, H, W)
-        "Jv: one matrix product with the patches for each convolution, then one forward-mode pass from the taps."
-        _expect("v", v, [self.parameters])
-        with forward_ad.dual_level():
-            taps = []
-            for w, p, s in zip(v.split(self.sizes, 1), self.patches, self.shapes):
-                moved = (w.view(len(v), s[0], -1) @ p).view(len(v), *s)
-                taps.append(forward_ad.make_dual(torch.zeros_like(moved), moved))
-            return forward_ad.unpack_dual(self.tapped(taps)).tangent
+        "Jv; for many batches take `pushforward`."
+        return self.pushforward(len(v))(v)
+
+    def pushforward(self, batch: int) -> Callable[[Tensor], Tensor]:
+        """The function v ↦ Jv for v (B, parameters), B ≤ `batch`; it keeps the memory of a forward and a backward pass.
+
+        One matrix product with the patches for each convolution, then one pass backward through the backward pass.
+        """
+        taps, images = self.opened(batch)
+        u = torch.zeros_like(images, requires_grad=True)
+        grads = torch.autograd.grad(images, taps, u, create_graph=True)
+        def push(v):
+            _expect("v", v, [self.parameters], batch)
+            n, parts = len(v), zip(v.split(self.sizes, 1), self.patches, self.shapes)
+            moved = [(w.view(n, s[0], -1) @ p).view(n, *s) for w, p, s in parts]
+            return torch.autograd.grad([g[:n] for g in grads], u, moved, retain_graph=True)[0][:n]
+        return push
 
     def rows(self, operator: LinearOperator, chunk: int = 8, progress: bool = False) -> Tensor: # (d_y, parameters)
         "AJ for A, the `operator`, by `chunk` rows in one backward pass; ValueError where it does not fit into memory."
@@ -137,11 +147,13 @@ class Linearization:
         return out
 
 # %% ../nbs/05_linearization.ipynb #a77c7cdb
-def _expect(name: str, x: Tensor, shape: Sequence[int]) -> None:
-    "Raise ValueError unless `x` has the shape (B, *shape)."
+def _expect(name: str, x: Tensor, shape: Sequence[int], batch: int | None = None) -> None:
+    "Raise ValueError unless `x` has the shape (B, *shape), with B ≤ `batch` where it is given."
     if tuple(x.shape[1:]) != tuple(shape):
         raise ValueError(f"{name}: has shape {tuple(x.shape)}, but must be (B, {', '.join(map(str, shape))}), a batch "
                          "of B; write x[None] for a batch of one")
+    if batch is not None and len(x) > batch:
+        raise ValueError(f"{name}: a batch of {len(x)}, but at most {batch} was asked for; ask for more, or split it")
 
 def unit_vectors(shape: Sequence[int], # of a measurement or image
                  which: range, # flat indices

@@ -64,12 +64,12 @@ class Posterior:
     def deviations(self, n: int, seed: int = 0, chunk: int = 16) -> Iterator[Tensor]: # (≤ chunk, H, W) each
         "Samples of x − mean by pathwise conditioning (Wilson et al. 2020): J (θ₀ + Σ_θ (AJ)ᵀ K_yy⁻¹ (ξ − AJθ₀))."
         if n < 1: raise ValueError(f"n: {n} samples; draw at least 1")
-        generator = torch.Generator().manual_seed(seed)
+        generator, push = torch.Generator().manual_seed(seed), self.lin.pushforward(min(chunk, n))
         for i in range(0, n, chunk):
             theta = self.evidence.prior.sample(self.lin, min(chunk, n - i), generator)
             seen = (theta @ self.model.rows.T).double()
             noise = self.evidence.noise_std * torch.randn(seen.shape, generator=generator, dtype=seen.dtype).to(seen)
-            yield self.scale * self.lin.jvp(theta + self._weights_from(noise - seen))
+            yield self.scale * push(theta + self._weights_from(noise - seen))
 
     def sample(self, n: int, seed: int = 0) -> Tensor: # (n, H, W)
         "n images from the posterior."

@@ -87,8 +87,8 @@ def jacobian_svd(lin: Linearization,
                 ) -> SVD:
     "The leading singular values and vectors of J or of AJ, from JVPs and VJPs alone."
     shape = lin.recon.image.shape
-    pull = lin.pullback(settings.get("block", 16))
-    def product(v): return (lin.jvp(v) if operator is None else operator(lin.jvp(v))).flatten(1)
+    pull, push = (make(settings.get("block", 16)) for make in (lin.pullback, lin.pushforward))
+    def product(v): return (push(v) if operator is None else operator(push(v))).flatten(1)
     def adjoint(u):
         return pull(u.view(-1, *shape) if operator is None else operator.T(u.view(-1, *operator.range_shape)))
 
