@@ -1,30 +1,39 @@
 """How long the hyperparameters take, from a fitted network to the optimum: rows of AJ, Grams, search.
 
-    python benchmarks/evidence.py --out FILE
+    python benchmarks/evidence.py --out FILE [--case kmnist28 lowrank128 growth methods half walnut]
 
-An image of 28² pixels, 20 angles, 820 rays, a U-Net of 76.6 k weights, a variance and a length for each block,
-TV prior, noise unknown.
+kmnist28     28² pixels, 20 angles, 820 rays, a U-Net of 76.6 k weights, a variance and a length for each block, TV prior,
+             noise unknown: the setting of arXiv:2203.00479
+lowrank128   128² pixels, 4,200 rays, U-Net 5 × 32: exact, and bases of 100 to 800 directions, seconds and log evidence
+growth       seconds for more rays, pixels and weights, and the exponents of the power laws through them
+methods      the four methods of `fit_evidence` on 16² pixels; a figure, evidence over evaluations and seconds, beside FILE
+half         what products in 16 bits do to the iterative evidence of the same problem
+walnut       501² pixels, 7,680 rays, U-Net 6 × 128: needs a GPU with 110 GB
 
 Times are wall-clock seconds of this process; cpu_seconds beside them tell how much of it the machine was busy with
-others.
+others. In FILE a case replaces its former figures.
 """
 import argparse
 import json
+import math
 import os
 from pathlib import Path
 from time import perf_counter, process_time
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from dip_uq.data import ellipses, simulate
+from dip_uq.data import ellipses, simulate, walnut
 from dip_uq.dip import reconstruct
-from dip_uq.evidence import Model, fitted_first, maximise
+from dip_uq.evidence import (OBJECTIVES, Correction, Model, fit_evidence, fitted_first, log_parameters, maximise,
+                             value_and_gradient)
 from dip_uq.linearization import Linearization, class_grams
 from dip_uq.networks import UNet
-from dip_uq.operators import parallel_beam
+from dip_uq.operators import fan_beam, parallel_beam
 from dip_uq.pipeline import peak_memory_mb, versions
-from dip_uq.priors import TVPrior, network_blocks
+from dip_uq.priors import TVPrior, network_blocks, one_block
+from dip_uq.spectral import SVD, jacobian_svd
 
 
 class Laps:
@@ -32,26 +41,28 @@ class Laps:
     def __init__(self): self.seconds, self.wall, self.cpu = {}, perf_counter(), process_time()
 
     def __call__(self, name):
+        if torch.cuda.is_available(): torch.cuda.synchronize()
         now, cpu = perf_counter(), process_time()
         self.seconds |= {f"seconds_{name}": now - self.wall, f"cpu_seconds_{name}": cpu - self.cpu}
         self.wall, self.cpu = now, cpu
 
 
-def fit(lin):
-    "The paper's objective, step by step."
-    laps, blocks, (operator, residual, t) = Laps(), network_blocks(lin), fitted_first(lin)
-    rows = lin.rows(operator)
+def fit(lin, objective, blocks, noise_std, tv=False, chunk=8):
+    "The exact method, step by step."
+    laps, (operator, residual, t) = Laps(), fitted_first(lin)
+    rows = lin.rows(operator, chunk)
     laps("rows")
     grams = {b: class_grams(lin, rows, names) for b, names in blocks.items()}
     laps("grams")
-    tv = TVPrior.build(lin, blocks)
+    prior = TVPrior.build(lin, blocks) if tv else None
     laps("tv")
-    found = maximise(Model(lin, blocks, operator, rows, residual, t, grams), "paper", None, tv=tv)
+    found = maximise(Model(lin, blocks, operator, rows, residual, t, grams), objective, noise_std, tv=prior)
     laps("evidence")
     total = sum(v for k, v in laps.seconds.items() if k.startswith("seconds_"))
-    return dict(d_x=lin.recon.image.numel(), d_y=len(residual), parameters=lin.parameters, **laps.seconds,
-                seconds_total=total, evidence=found.value, evaluations=found.evaluations, noise_std=found.noise_std,
-                variance=found.prior.variance, length=found.prior.length, peak_memory_mb=peak_memory_mb())
+    return found, dict(d_x=lin.recon.image.numel(), d_y=len(residual), parameters=lin.parameters, **laps.seconds,
+                       seconds_total=total, evidence=found.value, evaluations=found.evaluations,
+                       noise_std=found.noise_std, variance=found.prior.variance, length=found.prior.length,
+                       peak_memory_mb=peak_memory_mb())
 
 
 def kmnist(folder):
@@ -61,18 +72,121 @@ def kmnist(folder):
     return torch.from_numpy(np.load(file)["images"][0]).float() / 255, "kmnist-test 0"
 
 
-def kmnist28():
-    image, name = kmnist(os.environ.get("DIP_UQ_DATA", ""))
-    A = parallel_beam(np.linspace(0, np.pi, 20, endpoint=False), (28, 28), 41)
+def small(image, angles, bins, channels, iterations=500):
+    A = parallel_beam(np.linspace(0, np.pi, angles, endpoint=False), image.shape, bins)
     scan = simulate(image, A, noise=0.05)
-    recon = reconstruct(scan, UNet(3, 32, norm=False), iterations=500, stop="fixed", progress=False)
-    return dict(image=name) | fit(Linearization(recon))
+    return Linearization(reconstruct(scan, UNet(3, channels, norm=False), iterations=iterations, stop="fixed", progress=False))
 
+
+def kmnist28(out):
+    image, name = kmnist(os.environ.get("DIP_UQ_DATA", ""))
+    lin = small(image, 20, 41, 32)
+    return dict(image=name) | fit(lin, "paper", network_blocks(lin), None, tv=True)[1]
+
+
+def growth(out):
+    "Each of three sizes by itself; what it multiplies is in `per`."
+    found = {}
+    cases = dict(rays=[(28, angles, 32) for angles in (10, 20, 40, 80)], pixels=[(size, 20, 16) for size in (32, 64, 128)],
+                 weights=[(28, 20, channels) for channels in (8, 16, 32, 64)])
+    for name, sizes in cases.items():
+        rows = []
+        for size, angles, channels in sizes:
+            lin = small(walnut(size), angles, 41, channels, iterations=50)
+            rows.append(fit(lin, "joint", one_block(lin), lin.recon.scan.noise_std)[1])
+            rows[-1]["seconds_evaluation"] = rows[-1]["seconds_evidence"] / rows[-1]["evaluations"]
+            print(name, rows[-1], flush=True)
+        key = dict(rays="d_y", pixels="d_x", weights="parameters")[name]
+        slopes = {part: float(np.polyfit(np.log([r[key] for r in rows]), np.log([r[f"seconds_{part}"] for r in rows]), 1)[0])
+                  for part in ("rows", "grams", "evaluation")}
+        found[name] = dict(exponents=slopes, cases=rows)
+    return found
+
+
+def lowrank128(out, ranks=(100, 200, 400, 800)):
+    turn = np.linspace(0, 2 * np.pi, 30, endpoint=False)
+    scan = simulate(walnut(128), fan_beam(turn, (128, 128), 140, 1.4, 384, 192), 0.05).hold_out(5)
+    lin = Linearization(reconstruct(scan, UNet(), iterations=300, stop="heldout", learning_rate=2e-3, progress=False))
+    laps = Laps()
+    svd = jacobian_svd(lin, fitted_first(lin)[0], tolerance=1e-3, power=0, rank=max(ranks))
+    laps("svd")
+    exact, figures = fit(lin, "conditional", one_block(lin), scan.noise_std)
+    p, bases = np.log([*exact.prior.variance.values(), *exact.prior.length.values()]), {}
+    for rank in ranks:
+        rest = math.sqrt(float(svd.S[rank:].square().sum() / svd.S.square().sum()) * (1 - svd.error**2) + svd.error**2)
+        began = perf_counter()
+        model = Model.build(lin, svd=SVD(svd.U[:, :rank], svd.S[:rank], svd.Vh[:rank], rest, 0))
+        found = maximise(model, "conditional", scan.noise_std)
+        at = -value_and_gradient(p, model, scan.noise_std, OBJECTIVES["conditional"](model))[0]
+        bases[rank] = dict(tail=rest, evidence=found.value, evidence_at_exact_optimum=at, variance=found.prior.variance,
+                           length=found.prior.length, seconds_fit=perf_counter() - began,
+                           seconds_svd=laps.seconds["seconds_svd"] * rank / len(svd.S))
+        seconds = bases[rank]["seconds_fit"] + bases[rank]["seconds_svd"]
+        bases[rank] |= dict(seconds_total=seconds, ratio=seconds / figures["seconds_total"])
+    return dict(exact=figures, bases=bases)
+
+
+def toy():
+    A = fan_beam(np.linspace(0, 2 * np.pi, 10, endpoint=False), (16, 16), 16, 1.5, source_origin=48, origin_detector=24)
+    scan = simulate(walnut(16), A, noise=0.03).hold_out(2)
+    return Linearization(reconstruct(scan, UNet(2, 6, 2), tv=1e-5, iterations=200, stop="heldout", start="cgls",
+                                     learning_rate=5e-3, progress=False))
+
+
+def methods(out):
+    lin, found = toy(), {}
+    fig, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained", sharey=True)
+    for method, options in {"exact": {}, "low rank": {}, "iterative": dict(tolerance=0.01), "sampling": {}}.items():
+        fit = fit_evidence(lin, "joint", progress=False, method=method, **options)
+        steps = np.arange(len(fit.history)) + 1
+        seconds = fit.seconds["jacobian"] + fit.seconds["evidence"] * steps / len(steps)
+        axes[0].plot(steps, fit.history, "o-", ms=3, label=method + (" (g-prior)" if method == "sampling" else ""))
+        axes[1].plot(seconds, fit.history, "o-", ms=3)
+        found[method] = dict(evidence=fit.value, evaluations=fit.evaluations, seconds=fit.seconds, history=fit.history)
+    axes[0].set(xlabel="evaluation", ylabel="joint log evidence")
+    axes[1].set(xlabel="seconds, preparation included")
+    axes[0].legend(fontsize=8)
+    fig.savefig(out.with_suffix(".png"), dpi=120)
+    return found
+
+
+def half(out):
+    lin, found = toy(), {}
+    plain, exact = lin.tapped, Model.build(lin)
+    lin.tapped = lambda taps: plain(taps).float()
+    p = np.append(log_parameters(exact, None)[0][:2] - [3, 0], math.log(lin.recon.scan.noise_std**2))
+    for tolerance in (0.1, 0.01):
+        rough = Model.build(lin, svd=jacobian_svd(lin, fitted_first(lin)[0], tolerance=tolerance, power=0))
+        for name, objective in OBJECTIVES.items():
+            true = value_and_gradient(p, exact, None, objective(exact))[0]
+            for dtype in (torch.float32, torch.float16, torch.bfloat16):
+                correction = Correction(rough, name)
+                with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                    correction.pull, correction.push = lin.pullback(17), lin.pushforward(17)
+                value = value_and_gradient(p, rough, None, objective(rough), correction)[0]
+                found[f"{name}, tolerance {tolerance}, {dtype}"] = value - true
+    return found
+
+
+def walnut501(out):
+    if not torch.cuda.is_available() or torch.cuda.get_device_properties(0).total_memory < 110e9:
+        raise SystemExit("walnut: needs a CUDA device with 110 GB: AJ of 7,680 rays × 2.96 M weights alone takes 91 GB")
+    A = fan_beam(np.linspace(0, 2 * np.pi, 60, endpoint=False), (501, 501), 128, 5.5, 1503, 752)
+    scan = simulate(walnut(501), A, 0.05).hold_out(10).to("cuda")
+    recon = reconstruct(scan, UNet(6, 128), iterations=300, stop="heldout", progress=False)
+    lin = Linearization(recon)
+    return fit(lin, "conditional", one_block(lin), scan.noise_std)[1]
+
+
+CASES = dict(kmnist28=kmnist28, lowrank128=lowrank128, growth=growth, methods=methods, half=half, walnut=walnut501)
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON file for the figures")
+    parser.add_argument("--case", nargs="+", choices=CASES, default=["kmnist28"])
     given = parser.parse_args()
-    found = dict(versions=versions(), threads=torch.get_num_threads(), load=os.getloadavg()[0], kmnist28=kmnist28())
-    given.out.write_text(json.dumps(found, indent=2))
-    print(json.dumps(found["kmnist28"]))
+    for name in given.case:
+        found = json.loads(given.out.read_text()) if given.out.exists() else {}
+        found[name] = dict(versions=versions(), threads=torch.get_num_threads(), load=os.getloadavg()[0]) | CASES[name](given.out)
+        given.out.write_text(json.dumps(found, indent=2))
+        print(json.dumps({name: found[name]}), flush=True)

@@ -133,14 +133,15 @@ def solve(scan: Scan, # what was measured
           net: nn.Module | None = None, # `UNet()` by default
           samples: int | None = None, # for the standard deviation; 0: exact; None: exact up to 10⁴ pixels, 512 beyond
           progress: bool = True, # show progress bars
-          **fit, # tv, iterations, learning_rate, seed: see `reconstruct`
+          learning_rate: float = 2e-3, # slower than that of `reconstruct`: the sigmoid saturates in fewer pixels
+          **fit, # tv, iterations, seed: see `reconstruct`
          ) -> Solution:
     "Reconstruct, linearise, choose hyperparameters on the held-out projections, compute error bars and check them."
     if not isinstance(scan, Scan):
         raise TypeError(f"scan: {type(scan).__name__} is not a Scan; make one with load_scan(path) or Scan(...)")
     if samples is not None and samples < 0: raise ValueError(f"samples={samples} must be 0 (exact) or more")
     start = perf_counter()
-    recon = reconstruct(scan, net, stop="heldout", progress=progress, **fit)
+    recon = reconstruct(scan, net, stop="heldout", progress=progress, learning_rate=learning_rate, **fit)
     fitted = perf_counter()
     evidence = fit_evidence(Linearization(recon), progress=progress)
     chosen = perf_counter()

@@ -80,9 +80,12 @@ class FilterPrior:
         return self._filterwise(lin, v, lambda K: K)
 
     def sample(self, lin: Linearization, n: int, generator: torch.Generator | None = None) -> Tensor: # (n, parameters)
-        "n draws of θ: white noise ε times Lᵀ for every filter, where K = L Lᵀ; ValueError where K is singular."
-        white = torch.randn(n, lin.parameters, generator=generator, dtype=lin.recon.z.dtype).to(lin.recon.z)
-        try: return self._filterwise(lin, white, lambda K: torch.linalg.cholesky(K).T)
+        "n draws of θ: white noise through `root`."
+        return self.root(lin, torch.randn(n, lin.parameters, generator=generator, dtype=lin.recon.z.dtype).to(lin.recon.z))
+
+    def root(self, lin: Linearization, v: Tensor) -> Tensor: # (..., parameters) → the same
+        "L v, where Σ_θ = L Lᵀ, filter by filter; ValueError where a covariance of taps is singular."
+        try: return self._filterwise(lin, v, lambda K: torch.linalg.cholesky(K).T)
         except torch.linalg.LinAlgError as e:
             raise ValueError(f"length: {max(self.length.values())} is so long that a covariance of family "
                              f"{self.family!r} is singular in float64; shorten it, or take 'matern12'") from e
@@ -224,6 +227,13 @@ class GPrior:
     def std(self) -> Tensor: # (parameters,)
         "Prior standard deviation of each weight."
         return torch.where(self.size > 0, math.sqrt(self.g) / self.size, 0)
+
+    def covariance(self, rows: Tensor, # AJ (n, parameters)
+                   noise_variance: float, # σ_y²
+                  ) -> Tensor: # (n, n), float64
+        "K_yy = AJ Σ_θ (AJ)ᵀ + σ_y² I."
+        scaled = (rows * self.std).double()
+        return (scaled @ scaled.T).diagonal_scatter((scaled.square().sum(1) + noise_variance))
 
     def apply(self, lin: Linearization, v: Tensor) -> Tensor: # (..., parameters) → the same
         "Σ_θ v."
