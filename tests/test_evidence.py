@@ -1,0 +1,132 @@
+"The TV prior over wide ranges of its inputs, and the evidence where matrices are nearly singular."
+import logging
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from scipy.integrate import quad
+from scipy.stats import norm
+
+from dip_uq.data import simulate, walnut
+from dip_uq.dip import reconstruct
+from dip_uq.evidence import (METHODS, OBJECTIVES, Model, conditional_nll, fit_evidence, joint_nll, log_parameters, maximise,
+                             value_and_gradient)
+from dip_uq.linearization import Linearization
+from dip_uq.networks import UNet
+from dip_uq.operators import fan_beam
+from dip_uq.posterior import Posterior
+from dip_uq.priors import TVPrior, folded_excess, network_blocks
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.floats(-1e3, 1e3), st.floats(-6, 3))
+def test_mean_of_a_folded_normal(mean, log_std):
+    "E|m + sε| − |m| = 2 ∫ (sx − |m|) φ(x) dx over x > |m|/s; what is below 10⁻¹³ s may be lost in rounding."
+    m, s = abs(mean), 10.0**log_std
+    expected, error = quad(lambda x: 2 * (s * x - m) * norm.pdf(x), m / s, m / s + 12, epsabs=1e-14 * s, epsrel=1e-10)
+    found = float(folded_excess(*torch.tensor([mean, s], dtype=torch.float64)))
+    assert abs(found - expected) < 1e-9 * expected + 1e-13 * s + error
+
+
+unit = st.floats(0, 1, width=32).map(float)
+
+
+@settings(max_examples=60, deadline=None)
+@given(arrays(float, 12, elements=st.floats(-1, 1, width=32)), arrays(float, (3, 12), elements=unit), st.floats(-9, 3),
+       st.floats(-1, 1.5))
+def test_kappa_and_its_slope(mean, q, log_variance, log_length):
+    "κ by Gauss–Hermite sums over each difference, ∂κ/∂ℓ by autograd of κ; q of any size, zeros included."
+    q[0] += 1e-3  # the distance 0: a sum of squares, without which the others cannot be
+    r = torch.tensor([0.0, 1.0, math.sqrt(2)], dtype=torch.float64)
+    prior = TVPrior(torch.tensor(mean), {"all": (r, torch.tensor(q))}, 0.5, float(abs(mean).sum()) / 0.5)
+    variance, length = (torch.tensor([10.0**x], dtype=torch.float64).requires_grad_() for x in (log_variance, log_length))
+    s = torch.sqrt((variance.detach() * torch.exp(-r / length.detach())) @ torch.tensor(q)).numpy()
+    grid = np.linspace(-9, 9, 36001)
+    each = [np.trapezoid(abs(m + b * grid) * norm.pdf(grid), grid) for m, b in zip(mean, s)]
+    kappa = prior.kappa(variance, length)
+    assert abs(kappa.item() - sum(each) / 0.5) < 1e-6 * (1 + kappa.item())  # steps of 5e-4 at the kink
+    by_autograd, = torch.autograd.grad(kappa.sum(), length)
+    slope = prior.slope(variance, length)
+    assert torch.allclose(slope, by_autograd, rtol=1e-6, atol=1e-12 * float(s.max()))
+
+
+@pytest.mark.parametrize("t", [0, 3])
+def test_derivatives_of_the_densities(t):
+    generator = torch.Generator().manual_seed(t)
+    B, r = (torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in ((6, 8), (6,)))
+    def nll(B, r):
+        K = B @ B.T + torch.eye(6)
+        return joint_nll(K, r) if t == 0 else conditional_nll(K, r, t)
+    assert torch.autograd.gradcheck(nll, (B, r))
+    assert torch.autograd.gradgradcheck(nll, (B, r))
+
+
+@pytest.fixture(scope="module")
+def lin():
+    A = fan_beam(np.linspace(0, 2 * np.pi, 8, endpoint=False), (16, 16), 16, 1.5, source_origin=48, origin_detector=24)
+    scan = simulate(walnut(16), A, noise=0.05).hold_out(2)
+    return Linearization(reconstruct(scan, UNet(2, 4, 2), iterations=150, stop="heldout", progress=False))
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("log_length", [math.log(1e-3), math.log(1e4)])
+@pytest.mark.parametrize("noise", [1e-3, 1e3])
+def test_extreme_hyperparameters_are_finite(lin, objective, log_length, noise):
+    "Lengths and noise levels far outside the box: taps independent or all equal, noise next to nothing or all there is."
+    model = Model.build(lin, shared=False)
+    p, b = log_parameters(model, None)[0], len(model.blocks)
+    p[b:2 * b], p[-1] = log_length, math.log((noise * lin.recon.scan.noise_std)**2)
+    value, slope = value_and_gradient(p, model, None, OBJECTIVES[objective](model))
+    assert math.isfinite(value) and np.isfinite(slope).all()
+
+
+@pytest.mark.parametrize("objective", ["conditional", "joint"])
+def test_blocks_that_move_nothing_change_nothing(lin, objective):
+    "A block whose Grams are all zero has no slope, and stays finite somewhere in its box."
+    whole = Model.build(lin, shared=False)
+    first, *rest = whole.blocks
+    silent = replace(whole, grams=whole.grams | {first: (whole.grams[first][0], 0 * whole.grams[first][1])})
+    found = maximise(silent, objective, lin.recon.scan.noise_std)
+    p = np.log([*found.prior.variance.values(), *found.prior.length.values()])
+    nll, b = OBJECTIVES[objective](silent), len(whole.blocks)
+    _, slope = value_and_gradient(p, silent, lin.recon.scan.noise_std, nll)
+    assert abs(slope[0]) < 1e-10 and abs(slope[b]) < 1e-10
+    assert all(math.isfinite(v) for v in found.prior.variance.values())
+
+
+@pytest.mark.parametrize("method", METHODS[:3])
+def test_projections_that_are_measured_twice(lin, method):
+    """K_yy of duplicated rays is singular without noise; the evidence must be that of dense matrices all the same.
+
+    The iterative method estimates what its basis leaves out, `neglected` at most, by probes.
+    """
+    scan, twice = lin.recon.scan, list(range(8)) * 2
+    held = [i for i, j in enumerate(twice) if j in scan.held_out]
+    double = replace(scan, operator=scan.operator[twice], measurement=scan.measurement[twice], held_out=held)
+    again = Linearization(replace(lin.recon, scan=double))
+    found = fit_evidence(again, "joint", progress=False, method=method, tolerance=1e-2 if method == "iterative" else 1e-5)
+    exact = Model.build(again)
+    K = exact.covariance(exact.weights(*(torch.tensor(list(h.values()), dtype=torch.float64)
+                                         for h in (found.prior.variance, found.prior.length))), scan.noise_std**2)
+    shift = torch.cat([m.weight.detach().flatten() for m in again.convs.values()])
+    r = (exact.residual + (exact.rows @ shift).double())[:exact.training]
+    expected = float(torch.distributions.MultivariateNormal(torch.zeros_like(r), K[:len(r), :len(r)]).log_prob(r))
+    assert abs(found.value - expected) < 1e-3 * abs(expected) + (found.neglected if method == "iterative" else 0)
+    assert torch.isfinite(Posterior(found).std()).all()
+
+
+def test_the_method_is_chosen_by_the_memory_and_logged(lin, monkeypatch, caplog):
+    "Much memory: exact. Less than the Grams need: low rank. Not even a basis to the tolerance: iterative."
+    import dip_uq.evidence as evidence
+    def with_memory(count):
+        monkeypatch.setattr(evidence.psutil, "virtual_memory", lambda: type("Memory", (), dict(available=count)))
+        with caplog.at_level(logging.INFO, "dip_uq.evidence"): return fit_evidence(lin, "joint", progress=False)
+    exact_needs, column = evidence.exact_bytes(lin, True), 16 * lin.parameters
+    assert with_memory(10 * exact_needs).method == "exact" and "method exact" in caplog.text
+    found = with_memory(120 * column)  # room for a basis of 60
+    assert found.method == "iterative" and "method iterative" in caplog.text and len(found.model.residual) <= 2 * 60
