@@ -251,13 +251,17 @@ def restore_run(run: Run, tensors: dict[str, Tensor], about: dict) -> None:
 STATE_SECONDS, FIGURE_SECONDS = 30.0, 1.0 # between two states on disk, between two drawings
 
 def every(seconds: float, act: Callable[[Run], None]) -> Callable[[Run], None]:
-    "`act`, but only where it is due: `seconds` after the last time, and 33 times as long as that took."
-    due = perf_counter() + seconds
+    "`act`, but only where it is due: `seconds` after the last time, and if it then has taken 2 % of all time at most."
+    start = last = perf_counter()
+    spent = cost = 0.0
     def act_if_due(run):
-        nonlocal due
-        if (began := perf_counter()) < due: return
+        nonlocal last, spent, cost
+        now = perf_counter()
+        if now - last < seconds or 50 * (spent + cost) > now - start: return
         act(run)
-        due = perf_counter() + max(seconds, 33 * (perf_counter() - began))
+        last = perf_counter()
+        cost = last - now
+        spent += cost
     return act_if_due
 
 def keep_state(run: Run, path: str | Path, scan: Scan, z: Tensor, settings: dict) -> Callable[[Run], None]:
@@ -295,7 +299,7 @@ def draw_run(run: Run, scan: Scan) -> plt.Figure:
     return fig
 
 def follow(scan: Scan) -> Callable[[Run], None]:
-    "Shows `draw_run` in Jupyter while the run goes on, in place, at no more than 3 % of the time."
+    "Shows `draw_run` in Jupyter while the run goes on, in place, at no more than 2 % of the time."
     handle = display(display_id=True)
     if handle is None: raise ValueError("progress: 'live' draws in Jupyter, and this is plain Python; True shows a bar")
     return every(FIGURE_SECONDS, lambda run: handle.update(draw_run(run, scan)))
