@@ -178,14 +178,18 @@ class Reconstruction:
         return (f"Reconstruction(image {tuple(self.image.shape)}, iteration {s['iteration']} by stop={s['stop']!r}, "
                 f"{s['stopped']}{'' if math.isnan(quality) else f', PSNR {quality:.1f} dB'})")
 
-    def save(self, path: str | Path) -> None:
-        "Write everything but the scan to one safetensors file, atomically."
+    def parts(self) -> tuple[dict[str, Tensor], dict]:
+        "What `save` writes: tensors, and the rest."
         tensors = {"image": self.image, "z": self.z, "measurement": self.scan.measurement}
         tensors |= {f"net.{k}": v for k, v in self.net.state_dict().items()}
         tensors |= {f"history.{k}": torch.from_numpy(v) for k, v in self.history.items()}
         about = dict(scale=self.scale, settings=self.settings, held_out=list(self.scan.held_out),
                      network=[type(self.net).__name__, getattr(self.net, "settings", None)])
-        save_tensors(path, tensors, about)
+        return tensors, about
+
+    def save(self, path: str | Path) -> None:
+        "Write everything but the scan to one safetensors file, atomically."
+        save_tensors(path, *self.parts())
 
     @classmethod
     def load(cls,

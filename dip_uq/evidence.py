@@ -76,20 +76,25 @@ class Model:
               svd: SVD | None = None, # of AJ with the rays of `fitted_first`, for a basis; None: all rays, exactly
              ) -> "Model":
         "Compute the rows of AJ and their Grams once; all evidence evaluations reuse them."
-        blocks, (operator, residual, t) = (one_block if shared else network_blocks)(lin), fitted_first(lin)
-        if svd is None: rows, extra = lin.rows(operator, progress=progress), {}
-        else:
-            parts = [torch.linalg.svd(U * svd.S, full_matrices=False) for U in (svd.U[:t], svd.U[t:]) if len(U)]
-            parts = [(W[:, keep], (s[:, None] * E)[keep]) for W, s, E in parts for keep in [s > 0.1 * svd.S[-1]]]
-            rows = torch.cat([mix for _, mix in parts]).to(svd.Vh) @ svd.Vh
-            seen = [W.T @ r for (W, _), r in zip(parts, residual.split([t, len(residual) - t]))]
-            rest = [(len(W) - len(c), float((r - W @ c).square().sum()))
-                    for (W, _), c, r in zip(parts, seen, residual.split([t, len(residual) - t]))]
-            basis = [W for W, _ in parts] + [residual.new_empty(0, 0)] * (2 - len(parts))
-            residual, t = torch.cat(seen), len(seen[0])
-            extra = dict(basis=tuple(basis), outside=tuple(rest + [(0, 0.0)] * (2 - len(rest))), tail=svd.error)
+        blocks, (operator, _, t) = (one_block if shared else network_blocks)(lin), fitted_first(lin)
+        if svd is None: return cls.of(lin, blocks, lin.rows(operator, progress=progress))
+        parts = [torch.linalg.svd(U * svd.S, full_matrices=False) for U in (svd.U[:t], svd.U[t:])]
+        parts = [(W[:, s > 0.1 * svd.S[-1]], (s[:, None] * E)[s > 0.1 * svd.S[-1]]) for W, s, E in parts]
+        rows = torch.cat([mix for _, mix in parts]).to(svd.Vh) @ svd.Vh
+        return cls.of(lin, blocks, rows, tuple(W for W, _ in parts), svd.error)
+
+    @classmethod
+    def of(cls, lin: Linearization, blocks: dict[str, list[str]],
+           rows: Tensor, # of AJ, with the rays of `fitted_first`, or of their combinations in the basis
+           basis: tuple[Tensor, Tensor] | None = None, tail: float = 0.0) -> "Model":
+        "Residuals and Grams for rows that are known."
+        operator, residual, t = fitted_first(lin)
         grams = {b: class_grams(lin, rows, names) for b, names in blocks.items()}
-        return cls(lin, blocks, operator, rows, residual, t, grams, **extra)
+        if basis is None: return cls(lin, blocks, operator, rows, residual, t, grams)
+        pairs = list(zip(basis, residual.split([t, len(residual) - t])))
+        seen = [W.T @ r for W, r in pairs]
+        outside = tuple((len(r) - len(c), float((r - W @ c).square().sum())) for (W, r), c in zip(pairs, seen))
+        return cls(lin, blocks, operator, rows, torch.cat(seen), len(seen[0]), grams, basis, outside, tail)
 
     @property
     def count(self) -> int:
@@ -555,10 +560,10 @@ def sampled_g(model: Model, # its fitted rays count
 
 def sampled_evidence(lin: Linearization, progress: bool = False) -> Evidence:
     "The g-prior that `sampled_g` finds, ready for the posterior; needs the rows of AJ, but no Grams."
-    began, (operator, r, t) = perf_counter(), fitted_first(lin)
-    model = Model(lin, {}, operator, lin.rows(operator, progress=progress), r, t, {})
-    noise, fitted, middle = lin.recon.scan.noise_std, centred_residual(model)[0], perf_counter()
+    began = perf_counter()
+    model = Model.of(lin, {}, lin.rows(fitted_first(lin)[0], progress=progress))
+    noise, (r, _), middle = lin.recon.scan.noise_std, centred_residual(model), perf_counter()
     found = sampled_g(model, noise)
-    values = [-float(joint_nll(prior.covariance(model.rows[:t], noise**2), fitted)) for prior in found]
+    values = [-float(joint_nll(prior.covariance(model.rows[:len(r)], noise**2), r)) for prior in found]
     seconds = dict(jacobian=middle - began, evidence=perf_counter() - middle)
     return Evidence(model, found[-1], noise, values[-1], "joint", len(found), seconds, "sampling", tuple(values))

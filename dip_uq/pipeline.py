@@ -18,6 +18,7 @@ from time import perf_counter
 import matplotlib.pyplot as plt
 import numpy as np
 import psutil
+import tifffile
 import torch
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
@@ -107,12 +108,15 @@ class Solution:
         return draw_report(self)
 
     def save(self, folder: str | Path) -> None:
-        "Write summary.json, report.png and result.safetensors (image, std, raw_std, z, network weights) to `folder`."
+        """Write summary.json, report.png, result.safetensors (image, std, raw_std), posterior.safetensors (see
+        `Posterior.load`), and for other programs image.tif and std.tif (float32) to `folder`.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = dict(image=self.image, std=self.std, raw_std=self.raw_std)
         save_tensors(folder / "result.safetensors", tensors, self.summary())
-        self.recon.save(folder / "reconstruction.safetensors")
+        self.posterior.save(folder / "posterior.safetensors")
+        for name in ("image", "std"): tifffile.imwrite(folder / f"{name}.tif", tensors[name].cpu().numpy())
         write_whole(folder / "summary.json", json.dumps(self.summary(), indent=2).encode())
         self.report().savefig(folder / "report.png", dpi=140)
 

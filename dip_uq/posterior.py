@@ -8,15 +8,21 @@ __all__ = ['Posterior', 'log_density']
 # %% ../nbs/09_sampling.ipynb #e88a127c
 import math
 from collections.abc import Iterator
+from dataclasses import asdict
 from functools import cached_property
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .evidence import Evidence
-from .linearization import unit_vectors
+from .data import Scan
+from .dip import Reconstruction
+from .evidence import Evidence, Model, fitted_first
+from .files import load_tensors, named, save_tensors
+from .linearization import Linearization, unit_vectors
 from .operators import LinearOperator
+from .priors import FilterPrior
 
 # %% ../nbs/09_sampling.ipynb #a430a4e0
 class Posterior:
@@ -78,6 +84,33 @@ class Posterior:
     def sampled_std(self, n: int = 512, seed: int = 0) -> Tensor: # (H, W)
         "The standard deviation of every pixel from `n` samples; its relative standard error is 1 / √(2n)."
         return (sum(d.square().sum(0) for d in self.deviations(n, seed)) / n).sqrt()
+
+    def save(self, path: str | Path) -> None:
+        "Write reconstruction, hyperparameters and, if there is one, the basis to one safetensors file, atomically."
+        if not isinstance(self.evidence.prior, FilterPrior):
+            raise TypeError(f"evidence.prior: a {type(self.evidence.prior).__name__} cannot be saved; save the result of "
+                            "`std` or `sample`, or fit a filter prior")
+        (tensors, about), basis = self.lin.recon.parts(), self.model.basis
+        if basis: tensors |= {"basis.rows": self.model.rows, "basis.fitted": basis[0], "basis.held_out": basis[1]}
+        kept = "noise_std", "value", "objective", "evaluations", "seconds", "method", "history"
+        found = dict(evidence={k: getattr(self.evidence, k) for k in kept}, prior=asdict(self.evidence.prior),
+                     scale=self.scale, tail=self.model.tail)
+        save_tensors(path, tensors, about | dict(posterior=found))
+
+    @classmethod
+    def load(cls, path: str | Path,
+             scan: Scan, # the one that the file was made from
+             net: nn.Module | None = None, # needed where it is no `UNet`: one like it, with any weights
+             progress: bool = True, # show a bar for the rows of AJ, which are computed again
+            ) -> "Posterior":
+        "Read what `save` wrote; raises ValueError for other files, and as `Reconstruction.load` does."
+        lin, (tensors, about) = Linearization(Reconstruction.load(path, scan, net)), load_tensors(path)
+        if "posterior" not in about:
+            raise ValueError(f"path: {str(path)!r} holds a reconstruction alone; load it by Reconstruction.load")
+        about, basis = about["posterior"], {k: v.to(scan.measurement.device) for k, v in named(tensors, "basis.").items()}
+        rows = basis["rows"] if basis else lin.rows(fitted_first(lin)[0], progress=progress)
+        prior, basis = FilterPrior(**about["prior"]), (basis["fitted"], basis["held_out"]) if basis else None
+        return cls(Evidence(Model.of(lin, prior.blocks, rows, basis, about["tail"]), prior, **about["evidence"]), about["scale"])
 
     def predict(self, operator: LinearOperator) -> tuple[Tensor, Tensor]: # mean range_shape, covariance (d, d)
         "Noise-free rays A x of another `operator`: their mean, and their covariance A Σ_{x|y} Aᵀ."
