@@ -9,9 +9,9 @@ the default weight, and all projections. One line of JSON for each fit; called a
 and prints the tables.
 
 dip          fresh weights, noise as input, 1000 iterations: the defaults of `reconstruct`
-dip-200      the same, but 200 iterations are all it gets: what is gained by the schedule alone
+dip-300      the same, but 300 iterations are all it gets: what is gained by the schedule alone
 dip-fbp      fresh weights, FBP as input, 1000 iterations
-edip         educated weights, FBP as input, 200 iterations: the defaults of `fine_tune`
+edip         educated weights, FBP as input, 300 iterations: the defaults of `fine_tune`
 edip-decoder, edip-svd    the same, but only the decoder or the singular values are trained
 supervised   one pass of the educated network
 
@@ -35,7 +35,7 @@ from dip_uq.pretraining import Pretrained, acceleration, fine_tune
 
 def methods(taught):
     dip, edip = partial(reconstruct, net=UNet(4, 16)), partial(fine_tune, pretrained=taught)
-    return {"dip": partial(dip, iterations=1000), "dip-200": partial(dip, iterations=200),
+    return {"dip": partial(dip, iterations=1000), "dip-300": partial(dip, iterations=300),
             "dip-fbp": partial(dip, iterations=1000, start="fbp"), "edip": edip,
             "edip-decoder": partial(edip, train="decoder"), "edip-svd": partial(edip, train="singular values"),
             "supervised": taught}

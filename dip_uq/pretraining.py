@@ -244,7 +244,7 @@ class Pretrained:
         history = {k: v.numpy() for k, v in named(tensors, "history.").items()}
         return cls(revive(net, named(tensors, "net."), *card["network"]), card, history)
 
-SHIPPED, FINE = "educated.safetensors", dict(learning_rate=1e-3, iterations=200)
+SHIPPED, FINE = "educated.safetensors", dict(learning_rate=2e-3, iterations=300)
 
 # %% ../nbs/04_pretraining.ipynb #04a00016
 TRAINED = "all", "decoder", "singular values"
