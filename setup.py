@@ -26,6 +26,7 @@ setup(
         *(f"Programming Language :: Python :: {version}" for version in ("3.10", "3.11", "3.12", "3.13")),
     ],
     packages=[cfg["lib_path"]],
+    package_data={cfg["lib_path"]: ["*.safetensors"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require={"dev": cfg["dev_requirements"].split()},

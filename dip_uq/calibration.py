@@ -84,14 +84,14 @@ from scipy.special import digamma, ndtr
 
 # %% ../nbs/10_scores.ipynb #e5c00007
 def crps(error: Tensor, std: Tensor) -> float: # tensors of one shape
-    "Mean continuous ranked probability score of N(0, std²) forecasts of the errors, in the unit of the image; low is good."
+    "Mean continuous ranked probability score of N(0, std²) for the errors, in the unit of the image; low is good."
     z = _standardised(error, std)
     density = torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)
     return float((std.double() * (z * (2 * torch.special.ndtr(z) - 1) + 2 * density - 1 / math.sqrt(math.pi))).mean())
 
 # %% ../nbs/10_scores.ipynb #e5c0000d
 def sparsification(error: Tensor, std: Tensor) -> tuple[Tensor, Tensor]: # tensors of one shape → both (n,), float64
-    "Root mean square of the errors that are left without the 0, 1, …, n − 1 pixels of largest `std`, or of largest error."
+    "Root mean square of the errors left without the 0, 1, …, n − 1 pixels of largest `std`, or of largest error."
     squares = error.flatten().double().square()
     def curve(order): return (squares[order].cumsum(0) / torch.arange(1, len(order) + 1).to(squares)).sqrt().flip(0)
     return curve(std.flatten().argsort()), curve(squares.argsort())
@@ -107,8 +107,8 @@ def energy_score(samples: Tensor, # (n, *image), independent, n ≥ 2
                 ) -> float:
     "E‖X − y‖ − ½ E‖X − X′‖, in the unit of the image times √pixels; low is good (Gneiting and Raftery 2007)."
     if len(samples) < 2 or samples.shape[1:] != truth.shape:
-        raise ValueError(f"samples: shape {tuple(samples.shape)}, but (n, {', '.join(map(str, truth.shape))}) with n ≥ 2 "
-                         "is needed")
+        raise ValueError(f"samples: shape {tuple(samples.shape)}, but (n, {', '.join(map(str, truth.shape))}) with "
+                         "n ≥ 2 is needed")
     def length(x): return x.flatten(1).double().norm(dim=1).mean()
     return float(length(samples - truth) - length(samples[1:] - samples[:-1]) / 2)
 
@@ -136,7 +136,8 @@ def patch_log_likelihood(deviations: Iterable[Tensor], # of posterior samples fr
     if n <= p + 1: raise ValueError(f"deviations: {n} samples for patches of {p} pixels; draw more than {p + 1}")
     L = torch.linalg.cholesky(S / n)
     squares = torch.linalg.solve_triangular(L, e[:, :, None], upper=False).square().sum((1, 2)) * (n - p - 1) / n
-    logdet = 2 * L.diagonal(dim1=1, dim2=2).log().sum(1) - float(digamma((n - np.arange(p)) / 2).sum()) + p * math.log(n / 2)
+    bias = float(digamma((n - np.arange(p)) / 2).sum()) - p * math.log(n / 2)
+    logdet = 2 * L.diagonal(dim1=1, dim2=2).log().sum(1) - bias
     found = -0.5 * (squares + logdet) / p - 0.5 * math.log(2 * math.pi)
     return float(found.mean()), float(found.std(correction=0) / max(len(found) - 1, 1)**0.5)
 
@@ -211,8 +212,10 @@ def langevin(scan: Scan, net: nn.Module | None = None, steps: int = 1000, rate: 
              **fit, # see `reconstruct`
             ) -> Forecast:
     "Every tenth iterate of the last three quarters of a preconditioned Langevin chain; ValueError for unknown noise."
-    if not scan.noise_std: raise ValueError(f"scan.noise_std: {scan.noise_std}, but Langevin dynamics needs the noise level")
-    recon, generator, images = reconstruct(scan, net, seed=seed, progress=False, **fit), torch.Generator().manual_seed(seed), []
+    if not scan.noise_std:
+        raise ValueError(f"scan.noise_std: {scan.noise_std}, but Langevin dynamics needs the noise level")
+    recon, images = reconstruct(scan, net, seed=seed, progress=False, **fit), []
+    generator = torch.Generator().manual_seed(seed)
     weights, fitted = [p.requires_grad_() for p in recon.net.parameters()], recon.scan.training
     strength, squares = tv_strength(recon, scan.noise_std) if recon.settings["tv"] else 0.0, [0.0] * len(weights)
     for i in range(steps):
@@ -254,5 +257,6 @@ def pixel_prior(scan: Scan, samples: int = 256, seed: int = 0) -> Forecast:
     mean, P = (cross @ torch.cholesky_solve(y[:, None], L))[:, 0], S - G.T @ G
     white = torch.randn(samples, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(rows)
     drawn = white @ torch.linalg.cholesky(P + 1e-9 * variance * torch.eye(n).to(rows)).T
-    mean, bars, drawn = (v.to(scan.measurement).view(-1, *A.domain_shape) for v in (mean, P.diagonal().sqrt(), mean + drawn))
+    found = mean, P.diagonal().sqrt(), mean + drawn
+    mean, bars, drawn = (v.to(scan.measurement).view(-1, *A.domain_shape) for v in found)
     return Forecast(mean[0], bars[0], drawn)

@@ -194,6 +194,7 @@ class Scan:
     @property
     def training(self) -> "Scan":
         "The projections that may be fitted, as a scan of their own."
+        if not self.held_out: return self
         held_out = set(self.held_out)
         return self._part([i for i in range(len(self.measurement)) if i not in held_out])
 

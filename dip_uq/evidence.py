@@ -300,7 +300,7 @@ def maximise(model: Model,
              noise_std: float | None, # σ_y; None: chosen along with the rest
              steps: int = 200, # of L-BFGS-B, at most
              tv: TVPrior | None = None, # prior over ℓ_d; None: flat
-             correction: Callable | None = None, # see `value_and_gradient`; for a second search from what the first found
+             correction: Callable | None = None, # see `value_and_gradient`; starts a second search
             ) -> Evidence:
     "Choose the hyperparameters of `model` by the largest evidence: L-BFGS-B on their logarithms, in float64."
     began, b, history = perf_counter(), len(model.blocks), []
@@ -363,7 +363,7 @@ def tv_mode(evidence: Evidence,
         error = (scan.operator(image) - scan.measurement).square().sum() / (2 * evidence.noise_std**2)
         slope, = torch.autograd.grad(error + strength * total_variation(image), image)
         adam.zero_grad()
-        (theta @ pull(slope[None])[0] + xi.square().sum() / 2).backward() # the chain rule: through h by hand, on by autograd
+        (theta @ pull(slope[None])[0] + xi.square().sum() / 2).backward() # through h by hand, on by autograd
         adam.step()
         schedule.step()
     return prior.root(lin, xi).detach()
@@ -383,11 +383,11 @@ def check_evidence(lin: Linearization, objective: str, method: str | None, tv: b
                          "is empty; reconstruct with stop='heldout' or scan.hold_out(n), or use objective='joint'")
     if scan.poisson: raise ValueError("scan.poisson: the evidence needs Gaussian noise; it is not made for counts")
     if method not in (None, *METHODS):
-        raise ValueError(f"method: {method!r} is unknown; choose one of {', '.join(METHODS)}, or None to have it chosen "
-                         "by the memory")
+        raise ValueError(f"method: {method!r} is unknown; choose one of {', '.join(METHODS)}, or None to let the "
+                         "memory decide")
     if method == "sampling" and (objective != "joint" or tv or not scan.noise_std):
-        raise ValueError("method: 'sampling' finds the scale of a g-prior by the joint evidence with known noise, so it "
-                         "needs objective='joint', tv=False and scan.noise_std; take another method for the rest")
+        raise ValueError("method: 'sampling' finds the scale of a g-prior by the joint evidence with known noise, so "
+                         "it needs objective='joint', tv=False and scan.noise_std; take another method for the rest")
 
 def exact_bytes(lin: Linearization, shared: bool) -> float:
     "What the exact method holds at once: rows of AJ, a block's float64 copy of them, all Grams and five matrices K_yy."
@@ -414,9 +414,9 @@ def fit_evidence(lin: Linearization, # made from a reconstruction that holds pro
                 ) -> Evidence:
     """Choose σ_d², ℓ_d and, where the scan does not know it, σ_y by the largest evidence.
 
-    "exact" takes class Grams of all rays, "low rank" those of a basis that leaves out `tolerance` of AJ, "iterative" adds
-    what the basis leaves out by products with AJ (see `Correction`); which one is logged. "sampling" is for another
-    prior, the g-prior (see `sampled_g`).
+    "exact" takes class Grams of all rays, "low rank" those of a basis that leaves out `tolerance` of AJ, "iterative"
+    adds what the basis leaves out by products with AJ (see `Correction`); which one is logged. "sampling" is for
+    another prior, the g-prior (see `sampled_g`).
 
     The paper's objective takes θ* where the network has no normalisation layers, otherwise the mode of the linear model
     under the hyperparameters of the joint evidence, with TV where the prior has it. Raises ValueError for what does not
@@ -432,8 +432,8 @@ def fit_evidence(lin: Linearization, # made from a reconstruction that holds pro
     log.info("evidence by the method %s: exact needs %.2g GiB, available are %.2g GiB", method, needed / 2**30,
              free / 2**30)
     if method == "low rank" and svd.error > tolerance:
-        warnings.warn(f"a basis of {len(svd.S)} leaves out {svd.error:.2g} of AJ, more than tolerance={tolerance}; raise "
-                      "rank, or take method='iterative'")
+        warnings.warn(f"a basis of {len(svd.S)} leaves out {svd.error:.2g} of AJ, more than tolerance={tolerance}; "
+                      "raise rank, or take method='iterative'")
     model = Model.build(lin, shared, progress, svd)
     prior = TVPrior.build(lin, model.blocks, progress=progress) if tv else None
     jacobian = perf_counter() - began
@@ -461,8 +461,8 @@ def gram_squares(model: Model, v: Tensor) -> Tensor: # v (b, parameters) → (Gr
 class Correction:
     """What AJ outside the basis of a low-rank model adds to an objective, with the slopes by its weights and σ_y².
 
-    Products with K come from the network, solves from conjugate gradients with P as preconditioner, the determinant from
-    the Lanczos matrices of `probes` random vectors. Source: Gardner et al. 2018 (arXiv:1809.11165).
+    Products with K come from the network, solves from conjugate gradients with P as preconditioner, the determinant
+    from the Lanczos matrices of `probes` random vectors. Source: Gardner et al. 2018 (arXiv:1809.11165).
     """
     def __init__(self,
                  model: Model, # with a basis
@@ -515,7 +515,8 @@ class Correction:
         traces = (gram_squares(self.model, a[:p] + b) - gram_squares(self.model, a[:p] - b)) / 4 - c[:, :p]
         squares = gram_squares(self.model, a[p:]) - c[:, p:]
         products, lengths = first * (solved - first), solved.square() - first.square() # the same for G = I
-        slopes = torch.cat([traces.mean(1) - squares[:, 0], (products[:, :p].sum(0).mean() - lengths[:, p].sum())[None].cpu()])
+        by_noise = products[:, :p].sum(0).mean() - lengths[:, p].sum()
+        slopes = torch.cat([traces.mean(1) - squares[:, 0], by_noise[None]])
         return 0.5 * (logdet + float(r @ (solved - first)[:, p])), 0.5 * slopes.cpu()
 
 # %% ../nbs/08_scalable.ipynb #ba3ce1d1

@@ -88,8 +88,8 @@ class Posterior:
     def save(self, path: str | Path) -> None:
         "Write reconstruction, hyperparameters and, if there is one, the basis to one safetensors file, atomically."
         if not isinstance(self.evidence.prior, FilterPrior):
-            raise TypeError(f"evidence.prior: a {type(self.evidence.prior).__name__} cannot be saved; save the result of "
-                            "`std` or `sample`, or fit a filter prior")
+            raise TypeError(f"evidence.prior: a {type(self.evidence.prior).__name__} cannot be saved; save the result "
+                            "of `std` or `sample`, or fit a filter prior")
         (tensors, about), basis = self.lin.recon.parts(), self.model.basis
         if basis: tensors |= {"basis.rows": self.model.rows, "basis.fitted": basis[0], "basis.held_out": basis[1]}
         kept = "noise_std", "value", "objective", "evaluations", "seconds", "method", "history"
@@ -107,10 +107,12 @@ class Posterior:
         lin, (tensors, about) = Linearization(Reconstruction.load(path, scan, net)), load_tensors(path)
         if "posterior" not in about:
             raise ValueError(f"path: {str(path)!r} holds a reconstruction alone; load it by Reconstruction.load")
-        about, basis = about["posterior"], {k: v.to(scan.measurement.device) for k, v in named(tensors, "basis.").items()}
+        about, device = about["posterior"], scan.measurement.device
+        basis = {k: v.to(device) for k, v in named(tensors, "basis.").items()}
         rows = basis["rows"] if basis else lin.rows(fitted_first(lin)[0], progress=progress)
         prior, basis = FilterPrior(**about["prior"]), (basis["fitted"], basis["held_out"]) if basis else None
-        return cls(Evidence(Model.of(lin, prior.blocks, rows, basis, about["tail"]), prior, **about["evidence"]), about["scale"])
+        model = Model.of(lin, prior.blocks, rows, basis, about["tail"])
+        return cls(Evidence(model, prior, **about["evidence"]), about["scale"])
 
     def predict(self, operator: LinearOperator) -> tuple[Tensor, Tensor]: # mean range_shape, covariance (d, d)
         "Noise-free rays A x of another `operator`: their mean, and their covariance A Σ_{x|y} Aᵀ."

@@ -81,7 +81,8 @@ class FilterPrior:
 
     def sample(self, lin: Linearization, n: int, generator: torch.Generator | None = None) -> Tensor: # (n, parameters)
         "n draws of θ: white noise through `root`."
-        return self.root(lin, torch.randn(n, lin.parameters, generator=generator, dtype=lin.recon.z.dtype).to(lin.recon.z))
+        white = torch.randn(n, lin.parameters, generator=generator, dtype=lin.recon.z.dtype).to(lin.recon.z)
+        return self.root(lin, white)
 
     def root(self, lin: Linearization, v: Tensor) -> Tensor: # (..., parameters) → the same
         "L v, where Σ_θ = L Lᵀ, filter by filter; ValueError where a covariance of taps is singular."

@@ -1,0 +1,104 @@
+"""What education is worth: the deep image prior from fresh and from educated weights, on the same scans.
+
+    python benchmarks/educated.py --out educated.jsonl [--scans walnut ta tb] [--seeds 5] [--size 96] [--angles 30]
+                                  [--weights FILE] [--methods dip edip]
+
+Scans: simulated walnuts (5 % noise; each seed is another nut, another noise, other weights), and the discs ta and tb of the
+Helsinki Tomography Challenge 2022 (each seed other weights). All methods have the same U-Net with 4 scales of 16 channels, TV of
+the default weight, and all projections. One line of JSON for each fit; called again with the same file it goes on where it stopped,
+and prints the tables.
+
+dip          fresh weights, noise as input, 1000 iterations: the defaults of `reconstruct`
+dip-300      the same, but 300 iterations are all it gets: what is gained by the schedule alone
+dip-fbp      fresh weights, FBP as input, 1000 iterations
+edip         educated weights, FBP as input, 300 iterations: the defaults of `fine_tune`
+edip-decoder, edip-svd    the same, but only the decoder or the singular values are trained
+supervised   one pass of the educated network
+
+Without fresh weights nothing is random on a measured scan: one run counts for all seeds. Seconds are processor time of this
+process, so that other work on the machine does not count.
+"""
+import argparse
+import json
+from functools import partial
+from pathlib import Path
+from statistics import median
+from time import process_time
+
+from dip_uq.cli import demo_scan
+from dip_uq.data import load_htc2022
+from dip_uq.dip import psnr, reconstruct
+from dip_uq.networks import UNet
+from dip_uq.operators import field_of_view
+from dip_uq.pretraining import Pretrained, acceleration, fine_tune
+
+
+def methods(taught):
+    dip, edip = partial(reconstruct, net=UNet(4, 16)), partial(fine_tune, pretrained=taught)
+    return {"dip": partial(dip, iterations=1000), "dip-300": partial(dip, iterations=300),
+            "dip-fbp": partial(dip, iterations=1000, start="fbp"), "edip": edip,
+            "edip-decoder": partial(edip, train="decoder"), "edip-svd": partial(edip, train="singular values"),
+            "supervised": taught}
+
+
+def measure(scan, method, seed):
+    "PSNR of all iterates (one, where nothing is fitted), that of the last in the field of view, and the seconds."
+    began = process_time()
+    if isinstance(method, Pretrained): image, history = method(scan), None
+    else:
+        recon = method(scan, stop="fixed", seed=seed, progress=False)
+        image, history = recon.image, recon.history["psnr"].tolist()
+    seconds, seen = process_time() - began, field_of_view(scan.operator)
+    return dict(seconds=seconds, last=psnr(image, scan.truth), seen=psnr(image[seen], scan.truth[seen]),
+                history=history or [psnr(image, scan.truth)])
+
+
+def table(lines, name):
+    "A row for each method of the scan `name`: PSNR, rise in iterations and seconds, and both as shares of DIP's."
+    mine = {m: [d for d in lines if (d["scan"], d["method"]) == (name, m)] for m in {d["method"]: 0 for d in lines}}
+    rows = acceleration({m: [d["history"] for d in found] for m, found in mine.items() if found}, "dip")
+    for row in rows:
+        found = mine[row["name"]]
+        row |= dict(last=median(d["last"] for d in found), seen=median(d["seen"] for d in found))
+        step = median(d["seconds"] / len(d["history"]) for d in found)
+        row["rise_seconds"] = None if row["rise"] is None else step * row["rise"]
+        if row["name"] == "dip": whole = row
+    for row in rows:
+        for key, unit in (("rise", "share"), ("rise_seconds", "share_seconds")):
+            row[unit] = None if None in (row[key], whole[key]) else row[key] / whole[key]
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--scans", nargs="+", default=["walnut", "ta", "tb"])
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--size", type=int, default=96)
+    parser.add_argument("--angles", type=int, default=30)
+    parser.add_argument("--weights", type=Path, help="a file of dip-uq pretrain, instead of the shipped one")
+    parser.add_argument("--methods", nargs="+")
+    args = parser.parse_args()
+    lines = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
+    done, all_methods = {(d["scan"], d["seed"], d["method"]) for d in lines}, methods(Pretrained.load(args.weights))
+    for seed in range(args.seeds):
+        for name in args.scans:
+            walnut = name == "walnut"
+            scan = demo_scan(args.size, args.angles, seed=seed) if walnut else load_htc2022(name, args.angles, args.size)
+            for method in args.methods or all_methods:
+                fixed = not (walnut or method.startswith("dip"))
+                if (name, seed, method) in done or (seed and fixed): continue
+                line = dict(scan=name, seed=seed, method=method, **measure(scan, all_methods[method], seed))
+                with args.out.open("a") as f: print(json.dumps(line), file=f)
+                lines.append(line)
+    def show(v, digits): return "–" if v is None else f"{v:.{digits}f}"
+    for name in args.scans:
+        print(f"\n{name}, {args.size}², {args.angles} projections\n\n| method | runs | steady PSNR | last | in the field of view "
+              "| max − steady | rise | of DIP's | rise [s] | of DIP's |\n" + "|---" * 10 + "|")
+        for r in table(lines, name):
+            print(f"| {r['name']} | {r['runs']} | {r['steady']:.2f} | {r['last']:.2f} | {r['seen']:.2f} | "
+                  f"{r['overfitting']:.2f} | {show(r['rise'], 0)} | {show(r['share'], 2)} | "
+                  f"{show(r['rise_seconds'], 1)} | {show(r['share_seconds'], 2)} |")
+
+
+if __name__ == "__main__": main()
