@@ -11,6 +11,7 @@ and prints the tables.
 dip          fresh weights, noise as input, 1000 iterations: the defaults of `reconstruct`
 dip-300      the same, but 300 iterations are all it gets: what is gained by the schedule alone
 dip-fbp      fresh weights, FBP as input, 1000 iterations
+dip-fbp-300  fresh weights with the input, the rate and the iterations of edip: what is gained without any education
 edip         educated weights, FBP as input, 300 iterations: the defaults of `fine_tune`
 edip-decoder, edip-svd    the same, but only the decoder or the singular values are trained
 supervised   one pass of the educated network
@@ -30,13 +31,14 @@ from dip_uq.data import load_htc2022
 from dip_uq.dip import psnr, reconstruct
 from dip_uq.networks import UNet
 from dip_uq.operators import field_of_view
-from dip_uq.pretraining import Pretrained, acceleration, fine_tune
+from dip_uq.pretraining import FINE, Pretrained, acceleration, fine_tune
 
 
 def methods(taught):
     dip, edip = partial(reconstruct, net=UNet(4, 16)), partial(fine_tune, pretrained=taught)
     return {"dip": partial(dip, iterations=1000), "dip-300": partial(dip, iterations=300),
-            "dip-fbp": partial(dip, iterations=1000, start="fbp"), "edip": edip,
+            "dip-fbp": partial(dip, iterations=1000, start="fbp"), "dip-fbp-300": partial(dip, start="fbp", **FINE),
+            "edip": edip,
             "edip-decoder": partial(edip, train="decoder"), "edip-svd": partial(edip, train="singular values"),
             "supervised": taught}
 
