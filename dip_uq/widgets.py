@@ -44,7 +44,8 @@ class Explorer(VBox):
                  **controls, # a widget, or what stands for one: (min, max), (min, max, step), a list of choices, True
                 ):
         self.draw, self.controls = draw, {name: control(name, given) for name, given in controls.items()}
-        self.message, self.picture = HTML(), Image(value=self.drawn(), format="png", layout=Layout(max_width="100%"))
+        size = Layout(max_width="100%", align_self="flex-start")
+        self.message, self.picture = HTML(), Image(value=self.drawn(), format="png", layout=size)
         for c in self.controls.values(): c.observe(self.update, "value")
         desk = Layout(grid_template_columns="repeat(auto-fill, 320px)")
         super().__init__([GridBox([shown(c) for c in self.controls.values()], layout=desk), self.message, self.picture])
@@ -167,7 +168,8 @@ def prior_images(lin: Linearization, n: int, family: str = "matern12", seed: int
     return lin.jvp(prior.sample(lin, n, torch.Generator().manual_seed(seed)))
 
 def prior_knobs(lin: Linearization, std: float, length: float) -> dict[str, FloatLogSlider]:
-    "A slider for σ of each block and, where it has filters of more than one tap, for ℓ, all at these values."
+    "A slider for σ of each block and, where filters have more than one tap, for ℓ; at the step next to these values."
+    std, length = (10**round(math.log10(value), 1) for value in (std, length))
     blocks = network_blocks(lin)
     long = [b for b, names in blocks.items() if len(block_distances(lin, names)) > 1]
     knobs = {f"σ {b}": FloatLogSlider(std, min=-4, max=0, readout_format=".2g") for b in blocks}
