@@ -80,7 +80,8 @@ def check_held_out(evidence: Evidence) -> HeldOutCheck:
 # %% ../nbs/10_scores.ipynb #e5c00002
 from collections.abc import Iterable
 
-from scipy.special import digamma, ndtr
+import numpy as np
+from scipy.special import digamma
 
 # %% ../nbs/10_scores.ipynb #e5c00007
 def crps(error: Tensor, std: Tensor) -> float: # tensors of one shape
@@ -143,14 +144,12 @@ def patch_log_likelihood(deviations: Iterable[Tensor], # of posterior samples fr
 
 # %% ../nbs/10_yardsticks.ipynb #ba5e0002
 import copy
-from collections.abc import Callable
 
-import numpy as np
-import scipy.optimize
 from torch import nn
 
 from .data import Scan
 from .dip import picture, reconstruct, total_variation
+from .evidence import best_scale
 from .linearization import unit_vectors
 from .networks import UNet, seeded
 from .operators import require_memory
@@ -196,16 +195,15 @@ def with_dropout(net: nn.Module, rate: float) -> nn.Module:
             if isinstance(child, nn.LeakyReLU): setattr(parent, name, nn.Sequential(child, nn.Dropout(rate)))
     return net
 
-@torch.no_grad()
 def mc_dropout(scan: Scan, net: nn.Module | None = None, rate: float = 0.05, samples: int = 100, seed: int = 0,
                **fit, # see `reconstruct`
               ) -> Forecast:
     "Fitted and evaluated with random features left out; ValueError for a rate outside [0, 1)."
     if not 0 <= rate < 1: raise ValueError(f"rate: {rate} is no share of features; try 0.05")
-    with torch.enable_grad():
-        recon = reconstruct(scan, with_dropout(net or UNet(), rate), seed=seed, progress=False, **fit)
+    recon = reconstruct(scan, with_dropout(net or UNet(), rate), seed=seed, progress=False, **fit)
     net = recon.net.train()
-    with seeded(seed): return Forecast.of(torch.stack([recon.scale * picture(net, recon.z) for _ in range(samples)]))
+    with torch.no_grad(), seeded(seed):
+        return Forecast.of(torch.stack([recon.scale * picture(net, recon.z) for _ in range(samples)]))
 
 # %% ../nbs/10_yardsticks.ipynb #ba5e000b
 def langevin(scan: Scan, net: nn.Module | None = None, steps: int = 1000, rate: float = 1e-4, seed: int = 0,
@@ -241,15 +239,8 @@ def pixel_prior(scan: Scan, samples: int = 256, seed: int = 0) -> Forecast:
                       for i in range(0, len(y), 64)]).double()
     place = torch.cartesian_prod(*(torch.arange(k, dtype=torch.float64) for k in A.domain_shape)).to(rows)
     distance = torch.cdist(place, place)
-    def evidence(length): # −log evidence at the best s², and s²
-        eigenvalues, vectors = torch.linalg.eigh(rows @ torch.exp(-distance / length) @ rows.T)
-        squares = (vectors.T @ y).square()
-        def nll(log_variance):
-            spread = math.exp(log_variance) * eigenvalues.clamp(min=0) + noise**2
-            return float(0.5 * (squares / spread + (2 * math.pi * spread).log()).sum())
-        best = scipy.optimize.minimize_scalar(nll, bounds=(-25, 15), method="bounded")
-        return best.fun, math.exp(best.x), length
-    _, variance, length = min(map(evidence, np.geomspace(0.5, 32, 13).tolist()))
+    def fitted(length): return *best_scale(rows @ torch.exp(-distance / length) @ rows.T, y, noise), length
+    variance, _, length = max(map(fitted, np.geomspace(0.5, 32, 13).tolist()), key=lambda found: found[1])
     S = variance * torch.exp(-distance / length)
     cross = S @ rows.T
     L = torch.linalg.cholesky(rows @ cross + noise**2 * torch.eye(len(y)).to(rows))

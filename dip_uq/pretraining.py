@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['PHANTOMS', 'CHECKS', 'SHIPPED', 'FINE', 'TRAINED', 'disks', 'fan_scanner', 'fan_scanners', 'Pairs', 'running_mean',
-           'Course', 'lessons', 'pretrain', 'Pretrained', 'SingularValues', 'convolutions', 'trained', 'plain',
+           'Course', 'lessons', 'pretrain', 'Pretrained', 'SingularValues', 'conv_layers', 'trained', 'plain',
            'fine_tune', 'acceleration', 'draw_acceleration']
 
 # %% ../nbs/04_pretraining.ipynb #04a00003
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -261,7 +261,7 @@ class SingularValues(nn.Module):
     def forward(self, s: Tensor) -> Tensor: return (self.U * s @ self.Vh).view(self.shape)
     def right_inverse(self, weight: Tensor) -> Tensor: return (self.U * (weight.flatten(1) @ self.Vh.T)).sum(0)
 
-def convolutions(net: nn.Module) -> list[nn.Module]:
+def conv_layers(net: nn.Module) -> list[nn.Module]:
     "All layers of a network that convolve."
     return [layer for layer in net.modules() if isinstance(layer, (nn.Conv2d, nn.Conv3d))]
 
@@ -274,14 +274,14 @@ def trained(net: nn.Module, train: str) -> nn.Module:
     if train == "decoder":
         for part in (net.skip, net.up, net.last): part.requires_grad_()
     if train == "singular values":
-        for layer in convolutions(net):
+        for layer in conv_layers(net):
             parametrize.register_parametrization(layer, "weight", SingularValues(layer.weight))
             layer.parametrizations.weight.original.requires_grad_()
     return net
 
 def plain(net: nn.Module) -> nn.Module:
     "`net`, with ordinary weights that may all move again."
-    for layer in convolutions(net):
+    for layer in conv_layers(net):
         if parametrize.is_parametrized(layer): parametrize.remove_parametrizations(layer, "weight")
     return net.requires_grad_()
 

@@ -234,7 +234,7 @@ class GPrior:
                   ) -> Tensor: # (n, n), float64
         "K_yy = AJ Σ_θ (AJ)ᵀ + σ_y² I."
         scaled = (rows * self.std).double()
-        return (scaled @ scaled.T).diagonal_scatter((scaled.square().sum(1) + noise_variance))
+        return scaled @ scaled.T + noise_variance * torch.eye(len(scaled), dtype=scaled.dtype, device=scaled.device)
 
     def apply(self, lin: Linearization, v: Tensor) -> Tensor: # (..., parameters) → the same
         "Σ_θ v."

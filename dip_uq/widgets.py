@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import scipy.optimize
 import torch
-from ipywidgets import HTML, FloatLogSlider, GridBox, HBox, Image, IntSlider, Layout, Play, VBox, Widget, interactive
+from ipywidgets import HTML, FloatLogSlider, GridBox, Image, IntSlider, Layout, Play, VBox, Widget, interactive
 from ipywidgets import jslink
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -34,7 +34,7 @@ from .operators import RayTransform, fbp, field_of_view
 from .pipeline import Solution, draw_error_against_std, small_text
 from .plotting import show_image
 from .posterior import Posterior
-from .priors import FAMILIES, FilterPrior, network_blocks
+from .priors import FilterPrior, network_blocks
 
 # %% ../nbs/14_widgets.ipynb #ec3478d6
 class Explorer(VBox):

@@ -20,7 +20,7 @@ from dip_uq.linearization import Linearization
 from dip_uq.networks import UNet
 from dip_uq.operators import fan_beam
 from dip_uq.posterior import Posterior
-from dip_uq.priors import TVPrior, folded_excess, network_blocks
+from dip_uq.priors import TVPrior, folded_excess
 
 
 @settings(max_examples=100, deadline=None)
@@ -33,7 +33,7 @@ def test_mean_of_a_folded_normal(mean, log_std):
     assert abs(found - expected) < 1e-9 * expected + 1e-13 * s + error
 
 
-unit = st.floats(0, 1, width=32).map(float)
+unit = st.floats(0, 1, width=32)
 
 
 @settings(max_examples=60, deadline=None)

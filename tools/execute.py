@@ -27,7 +27,7 @@ set_matplotlib_formats("png", metadata={"Software": None})
 
 
 def tidy(outputs: list) -> list:
-    "The `outputs` of a cell without progress bars and widgets, which differ from run to run; of a widget its picture stays."
+    "The `outputs` without progress bars and widgets, which differ from run to run; of a widget its picture stays."
     for output in outputs:
         if "image/png" in output.get("data", {}): output["data"].pop(WIDGET, None)
     def varies(output): return "\r" in "".join(output.get("text", "")) or WIDGET in output.get("data", {})
