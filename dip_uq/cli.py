@@ -16,7 +16,7 @@ from . import __version__
 from .data import Scan, load_scan, simulate, walnut
 from .networks import UNet
 from .pipeline import headline, solve
-from .pretraining import FINE, Pretrained, fan_scanner, fan_scanners, pretrain
+from .pretraining import FINE, PHANTOMS, Pretrained, fan_scanner, fan_scanners, pretrain
 
 # %% ../nbs/15_cli.ipynb #707aafdd
 def demo_scan(size: int = 96, angles: int = 30, noise: float = 0.05, seed: int = 0) -> Scan:
@@ -37,12 +37,14 @@ def parser() -> argparse.ArgumentParser:
                                description="Reconstruct a scan from a file, with error bars.")
     file.add_argument("scan", metavar="SCAN", help=".npz in the documented layout, or htc2022_…_full.mat")
     file.add_argument("--bins", type=int, help="detector pixels after averaging (default: fits the image size)")
-    teach = commands.add_parser("pretrain", help="teach a network on synthetic scans, in about five minutes",
+    teach = commands.add_parser("pretrain", help="teach a network on synthetic scans, in about forty minutes",
                                 description="Teach a U-Net on synthetic fan-beam scans of 15 to 60 projections. "
                                             "Interrupted, the same command goes on.")
     teach.add_argument("--out", type=Path, required=True, metavar="FILE", help="for the weights, as safetensors")
+    teach.add_argument("--phantoms", nargs="+", choices=[p.__name__ for p in PHANTOMS], metavar="KIND",
+                       help="kinds of images, of %(choices)s (default: all)")
     for p, size, iterations, scales, channels in ((demo, 96, 600, 4, 16), (file, 128, 1000, 5, 32),
-                                                  (teach, 64, 2500, 4, 16)):
+                                                  (teach, 64, 20_000, 4, 16)):
         p.add_argument("--size", type=int, default=size,
                        help="pixels along each side of the image (default %(default)s)")
         educated = "" if p is teach else f", educated {FINE['iterations']}"
@@ -82,8 +84,9 @@ def run_pretrain(args: argparse.Namespace) -> None:
     "Teach a network and write it to `args.out`; its state is kept beside that file while it learns."
     iterations = args.usual if args.iterations is None else args.iterations
     state = args.out.with_name(f"{args.out.name}.state")
+    phantoms = [p for p in PHANTOMS if not args.phantoms or p.__name__ in args.phantoms]
     taught = pretrain(fan_scanners(args.size), UNet(args.scales, args.channels), iterations=iterations, seed=args.seed,
-                      resume=state, progress=not args.quiet)
+                      resume=state, progress=not args.quiet, phantoms=phantoms)
     taught.save(args.out)
     if taught.card["steps"] == iterations: state.unlink(missing_ok=True)
     print(taught, f"written: {args.out}", sep="\n")

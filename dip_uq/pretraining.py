@@ -9,7 +9,7 @@ __all__ = ['PHANTOMS', 'CHECKS', 'SHIPPED', 'FINE', 'TRAINED', 'disks', 'fan_sca
 
 # %% ../nbs/04_pretraining.ipynb #04a00003
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -27,7 +27,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
-from .data import Scan, _grid, _pixels, _positive, _whole, ellipses, rectangles, simulate
+from .data import Scan, _grid, _pixels, _positive, _whole, ellipses, rectangles, simulate, walnut
 from .dip import (STATE_SECONDS, Reconstruction, every, first_guess, optimizer_tensors, picture, psnr, reconstruct,
                         restore_optimizer, revive)
 from .files import load_tensors, named, save_tensors
@@ -38,13 +38,13 @@ from .operators import LinearOperator, RayTransform, fan_beam
 def disks(size: int, # pixels along each side
           seed: int = 0, # another seed, another image
          ) -> Tensor: # (size, size), in [0, 1]
-    "A body, one large disk, with 5 to 15 smaller disks in it: every other one a hole, the rest of random grey values."
+    "A body, one large disk, with 5 to 15 small disks in it: all of them holes, or every other one of a random grey."
     rng, (x, y) = np.random.default_rng(seed), _grid(size)
-    z, body = x + 1j * y, rng.uniform(0.5, 0.95)
+    z, body, grey = x + 1j * y, rng.uniform(0.5, 0.95), rng.integers(2)
     image = np.where(abs(z) < body, rng.uniform(0.3, 1), 0)
     for n in range(rng.integers(5, 16)):
         centre = 0.8 * body * rng.uniform()**0.5 * np.exp(2j * np.pi * rng.uniform())
-        image[abs(z - centre) < body * rng.uniform(0.04, 0.25)] = n % 2 * rng.uniform()
+        image[abs(z - centre) < body * rng.uniform(0.04, 0.25)] = grey * (n % 2) * rng.uniform()
     return _pixels(image, size)
 
 def fan_scanner(size: int = 64, angles: int = 30) -> RayTransform:
@@ -57,7 +57,7 @@ def fan_scanners(size: int = 64) -> list[RayTransform]:
     return [fan_scanner(size, angles) for angles in range(15, 61, 5)]
 
 # %% ../nbs/04_pretraining.ipynb #04a00011
-PHANTOMS = ellipses, rectangles, disks
+PHANTOMS = ellipses, rectangles, disks, walnut
 
 class Pairs(Dataset):
     """Pair number i, made when it is asked for: the input z (1, H, W) of `reconstruct`, and the image behind it.
@@ -67,9 +67,10 @@ class Pairs(Dataset):
     """
     def __init__(self,
                  instruments: Sequence[LinearOperator], # all for square images of one size
-                 noise: tuple[float, float] = (0.01, 0.1), # least and most, in units of mean |A x|
+                 noise: tuple[float, float] = (0, 0.1), # least and most, in units of mean |A x|
                  start: str = "fbp", # what the input is, see `first_guess`
                  seed: int = 0,
+                 phantoms: Sequence[Callable[[int, int], Tensor]] = PHANTOMS, # (size, seed) → image (size, size)
                 ):
         shapes = {A.domain_shape for A in instruments}
         if len(shapes) != 1 or len(shape := min(shapes)) != 2 or shape[0] != shape[1]:
@@ -77,12 +78,13 @@ class Pairs(Dataset):
         low, high = (_positive("noise", n, zero=True) for n in noise)
         if low > high: raise ValueError(f"noise={noise}: the least comes first, then the most")
         self.instruments, self.noise = list(instruments), (low, high)
-        self.start, self.seed = start, _whole("seed", seed, 0)
+        if not phantoms: raise ValueError(f"phantoms={phantoms} is empty; name one at least")
+        self.start, self.seed, self.phantoms = start, _whole("seed", seed, 0), tuple(phantoms)
 
     @property
     def card(self) -> dict:
         "What the pairs are drawn from, in words and numbers."
-        return dict(images=[p.__name__ for p in PHANTOMS], noise=list(self.noise), start=self.start, seed=self.seed,
+        return dict(images=[p.__name__ for p in self.phantoms], noise=list(self.noise), start=self.start, seed=self.seed,
                     instruments=[f"{A.range_shape} readings, {A.domain_shape} pixels" for A in self.instruments])
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
@@ -92,7 +94,7 @@ class Pairs(Dataset):
     def scan(self, i: int) -> tuple[Tensor, float, Scan]:
         "Scan number i, with its input z (1, 1, H, W) and scale."
         rng = np.random.default_rng((self.seed, i))
-        phantom, A = (among[rng.integers(len(among))] for among in (PHANTOMS, self.instruments))
+        phantom, A = (among[rng.integers(len(among))] for among in (self.phantoms, self.instruments))
         truth = phantom(A.domain_shape[0], int(rng.integers(2**31)))
         scan = simulate(truth, A, rng.uniform(*self.noise), int(rng.integers(2**31)))
         return *first_guess(scan, self.start), scan
@@ -159,14 +161,15 @@ def lessons(course: Course, accelerator: Accelerator, pairs: Pairs, batch: int) 
 # %% ../nbs/04_pretraining.ipynb #04a00014
 def pretrain(instruments: Sequence[LinearOperator], # of square images of one size; each pair draws one of them
              net: nn.Module | None = None, # `UNet(4, 16)` by default; its weights are drawn anew
-             noise: tuple[float, float] = (0.01, 0.1), # least and most, in units of mean |A x|
-             iterations: int = 2500, # Adam steps
+             noise: tuple[float, float] = (0, 0.1), # least and most, in units of mean |A x|
+             iterations: int = 20_000, # Adam steps
              batch: int = 4, # pairs in a step, of all processes together
              learning_rate: float = 3e-3, # peak of the one-cycle schedule
              start: str = "fbp", # the input, see `first_guess`
              seed: int = 0, # of the weights and of all pairs
              resume: str | Path | None = None, # keeps the state of the training; where it exists, it is taken up
              progress: bool = True, # show a bar
+             phantoms: Sequence[Callable[[int, int], Tensor]] = PHANTOMS, # (size, seed) → image (size, size)
             ) -> "Pretrained": # with the running mean of the weights
     """Teach a network to turn the input of `reconstruct` into the image, on synthetic pairs that are made on the fly.
 
@@ -175,7 +178,7 @@ def pretrain(instruments: Sequence[LinearOperator], # of square images of one si
     Raises ValueError or TypeError for arguments that cannot work, and for the state of another training.
     Source: Barbano et al. 2021 (arXiv:2111.11926), section 3.
     """
-    pairs, rate = Pairs(instruments, noise, start, seed), _positive("learning_rate", learning_rate)
+    pairs, rate = Pairs(instruments, noise, start, seed, phantoms), _positive("learning_rate", learning_rate)
     iterations, batch, stopped = _whole("iterations", iterations, 20), _whole("batch", batch), "all iterations done"
     net = fresh(UNet(4, 16) if net is None else net, seed)
     card = dict(network=[type(net).__name__, getattr(net, "settings", None)], iterations=iterations, batch=batch,
@@ -244,7 +247,7 @@ class Pretrained:
         history = {k: v.numpy() for k, v in named(tensors, "history.").items()}
         return cls(revive(net, named(tensors, "net."), *card["network"]), card, history)
 
-SHIPPED, FINE = "educated.safetensors", dict(learning_rate=2e-3, iterations=300)
+SHIPPED, FINE = "educated.safetensors", dict(learning_rate=2e-3, iterations=200)
 
 # %% ../nbs/04_pretraining.ipynb #04a00016
 TRAINED = "all", "decoder", "singular values"

@@ -123,6 +123,27 @@ def assert_same_singular_vectors(before, after):
 
 
 @pytest.mark.parametrize("train", TRAINED)
+def test_gradients(whole, train):
+    "Those of the misfit with respect to all that moves, against central differences."
+    net = trained(whole.net, train).double()
+    z, x = (torch.rand(1, 1, 16, 16, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in (0, 1))
+    free = [p for p in net.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad((net(z) - x).square().sum(), free)
+    g = torch.Generator().manual_seed(2)
+    directions = [torch.randn(p.shape, generator=g, dtype=torch.float64) for p in free]
+
+    def moved(step):
+        with torch.no_grad():
+            for p, d in zip(free, directions): p += step * d
+            loss = float((net(z) - x).square().sum())
+            for p, d in zip(free, directions): p -= step * d
+        return loss
+
+    slope = sum(float((a * d).sum()) for a, d in zip(gradients, directions))
+    assert slope == pytest.approx((moved(1e-6) - moved(-1e-6)) / 2e-6, rel=1e-5)
+
+
+@pytest.mark.parametrize("train", TRAINED)
 def test_preparing_changes_no_image(whole, train):
     z = torch.rand(1, 1, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -141,10 +162,10 @@ def test_files(whole, tmp_path):
 
 
 def test_the_shipped_network():
-    "It is small, it says what it has seen, and it beats its input on a nut, which it has not."
+    "It is small, it says what it has seen, and it makes much more of a nut that it has not seen than its input."
     taught = Pretrained.load()
     assert Path(pretraining.__file__).with_name(pretraining.SHIPPED).stat().st_size < 2e6
-    assert taught.card["steps"] == taught.card["iterations"] and taught.card["images"] == ["ellipses", "rectangles", "disks"]
+    assert taught.card["steps"] == taught.card["iterations"] and taught.card["images"] == [p.__name__ for p in pretraining.PHANTOMS]
     scan = simulate(walnut(64, seed=1), fan_scanner(64, 30), noise=0.05, seed=1)
     z, scale = pretraining.first_guess(scan, "fbp")
-    assert pretraining.psnr(taught(scan), scan.truth) > pretraining.psnr(scale * z[0, 0], scan.truth) + 1
+    assert pretraining.psnr(taught(scan), scan.truth) > pretraining.psnr(scale * z[0, 0], scan.truth) + 4
