@@ -84,7 +84,8 @@ class Pairs(Dataset):
     @property
     def card(self) -> dict:
         "What the pairs are drawn from, in words and numbers."
-        return dict(images=[p.__name__ for p in self.phantoms], noise=list(self.noise), start=self.start, seed=self.seed,
+        return dict(images=[p.__name__ for p in self.phantoms], noise=list(self.noise),
+                    start=self.start, seed=self.seed,
                     instruments=[f"{A.range_shape} readings, {A.domain_shape} pixels" for A in self.instruments])
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
