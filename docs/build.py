@@ -147,6 +147,14 @@ def carry(text: str, notebook, above: str) -> str:
     return re.sub(r"\]\((\w+)\.ipynb", lambda m: f"]({notebook(m[1])}", text).replace("](../", f"]({above}")
 
 
+def launch(path: Path, settings) -> str:
+    "Where the notebook can be run without installing anything: on Binder; on Colab too, if a cell installs what it needs."
+    place = f"{settings['user']}/{settings['repo']}"
+    binder = f"[Binder](https://mybinder.org/v2/gh/{place}/{settings['branch']}?labpath=nbs/{path.name})"
+    colab = f"[Colab](https://colab.research.google.com/github/{place}/blob/{settings['branch']}/nbs/{path.name})"
+    return f"Run it on {binder}" + (f" or {colab}" if "google.colab" in path.read_text("utf-8") else "")
+
+
 # The two products
 
 def adapt(nb, names: dict, repository: str) -> None:
@@ -168,7 +176,8 @@ def html(out: Path, options: list) -> int:
     from sphinx.cmd.build import main
     settings = ConfigParser()
     settings.read(ROOT / "settings.ini", encoding="utf-8")
-    repository = f"{settings['DEFAULT']['git_url']}/blob/{settings['DEFAULT']['branch']}/"
+    settings = settings["DEFAULT"]
+    repository = f"{settings['git_url']}/blob/{settings['branch']}/"
     paths = [ROOT / "nbs/index.ipynb", *sorted(ROOT.glob("nbs/[0-9]*.ipynb"))]
     notebooks = [read(path) for path in paths]
     names = known(notebooks)
@@ -176,7 +185,8 @@ def html(out: Path, options: list) -> int:
     (out / "pages").mkdir(parents=True)
     for path, nb in zip(paths, notebooks):
         adapt(nb, names, repository)
-        if path.stem == "index":
+        if path.stem != "index": nb.cells.insert(1, mk_cell(launch(path, settings), "markdown"))
+        else:
             pages = "\n".join(page(p.stem) for p in paths[1:])
             nb.cells.append(mk_cell(f"```{{toctree}}\n:hidden:\n\n{pages}\n```", "markdown"))
         write_nb(nb, out / "pages" / f"{page(path.stem)}.ipynb")

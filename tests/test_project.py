@@ -101,6 +101,14 @@ def test_imports_are_declared():
     assert not missing, "add them to requirements in settings.ini"
 
 
+def test_versions_agree():
+    settings = ConfigParser()
+    settings.read(ROOT / "settings.ini", encoding="utf-8")
+    version = settings["DEFAULT"]["version"]
+    assert f'__version__ = "{version}"' in (ROOT / "dip_uq/__init__.py").read_text("utf-8")
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text("utf-8")
+
+
 def test_readme_is_in_sync(tmp_path):
     run("docs/build.py", "--readme", "--out", tmp_path)
     made = {path.relative_to(tmp_path): path for path in tmp_path.rglob("*") if path.is_file()}
