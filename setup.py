@@ -1,6 +1,7 @@
 """The package, described by settings.ini."""
 from configparser import ConfigParser
 from pathlib import Path
+from re import sub
 
 from setuptools import setup
 
@@ -8,15 +9,22 @@ settings = ConfigParser()
 settings.read(Path(__file__).with_name("settings.ini"), encoding="utf-8")
 cfg = settings["DEFAULT"]
 
+# On PyPI, links and pictures of README.md that stay within the repository would lead nowhere
+readme = Path(__file__).with_name("README.md").read_text("utf-8")
+readme = sub(r"(!\[[^]]*\]\()(?!http)", rf"\1{cfg['git_url']}/raw/{cfg['branch']}/", readme)
+readme = sub(r"((?<!!)\[[^]!]*\]\()(?!http|#)", rf"\1{cfg['git_url']}/blob/{cfg['branch']}/", readme)
+
 setup(
     name=cfg["lib_name"],
     version=cfg["version"],
     description=cfg["description"],
-    long_description=Path(__file__).with_name("README.md").read_text("utf-8"),
+    long_description=readme,
     long_description_content_type="text/markdown",
     author=cfg["author"],
     author_email=cfg["author_email"],
     url=cfg["git_url"],
+    project_urls={"Documentation": cfg["doc_host"] + cfg["doc_baseurl"],
+                  "Changelog": f"{cfg['git_url']}/blob/{cfg['branch']}/CHANGELOG.md"},
     license="Apache-2.0",
     keywords=cfg["keywords"].split(),
     classifiers=[

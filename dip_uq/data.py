@@ -13,10 +13,11 @@ import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pooch
@@ -72,7 +73,7 @@ def _positive(name: str, value: float, zero: bool = False) -> float:
     return number
 
 # %% ../nbs/01_data.ipynb #75fad9fc
-def _grid(size: int, points: int = 3) -> list[np.ndarray]:
+def _grid(size: int, points: int = 3) -> Sequence[np.ndarray]:
     "Coordinates x (to the right) and y (upwards) in [−1, 1] of `points`² points in each of size² pixels."
     n = points * _whole("size", size)
     c = (2 * np.arange(n) + 1) / n - 1
@@ -308,7 +309,7 @@ def _read_npz(path: Path) -> dict:
     except Exception as error:  # a damaged archive can fail in many ways
         raise ValueError(f"{path} cannot be read as .npz: {error}; write plain arrays by numpy.savez") from error
 
-def _field(fields: Mapping, key: str, where: str) -> object:
+def _field(fields: Mapping, key: str, where: str) -> Any:
     if not isinstance(fields, Mapping) or key not in fields:
         raise ValueError(f"{where} has no {key!r}; help(load_scan) lists what is needed")
     return fields[key]
@@ -381,7 +382,7 @@ def load_scan(path: str | Path,  # .npz in the documented layout, or htc2022_…
     path = _open(path)
     if path.suffix == ".npz": return _scan_from(_read_npz(path), str(path), angles, size, bins)
     if path.suffix != ".mat": raise ValueError(f"{path} ends in {path.suffix!r}; use .npz, or .mat of HTC 2022")
-    given = dict(angles=angles, size=size, bins=bins)
+    given: dict[str, Any] = dict(angles=angles, size=size, bins=bins)
     return load_htc2022(path, **{key: value for key, value in given.items() if value is not None})
 
 # %% ../nbs/01_data.ipynb #eeb1f222
@@ -417,7 +418,7 @@ def _undamaged(content: bytes) -> io.BytesIO:
         start += 8 + size
     return io.BytesIO(content)
 
-def _read_mat(path: Path, key: str) -> object:
+def _read_mat(path: Path, key: str) -> Any:
     "The variable `key` of a MATLAB file."
     try: variables = loadmat(_undamaged(_open(path).read_bytes()), simplify_cells=True)
     except Exception as error:  # a damaged file can fail in many ways

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -35,7 +36,7 @@ from .plotting import show_image
 # %% ../nbs/03_dip.ipynb #bf7fd3c4
 def total_variation(image: Tensor) -> Tensor: # image (H, W) or (D, H, W) → ()
     "Anisotropic total variation |x|_TV = ‖Dx‖₁: the sum of |differences| of neighbours along every axis."
-    return sum(image.diff(dim=d).abs().sum() for d in range(image.ndim))
+    return torch.stack([image.diff(dim=d).abs().sum() for d in range(image.ndim)]).sum()
 
 def psnr(image: Tensor, truth: Tensor) -> float:
     "Peak signal-to-noise ratio in dB; the peak is the range (max − min) of `truth`."
@@ -88,8 +89,10 @@ class Run:
         self.net, self.seed, self.iterations, self.iteration = net, seed, iterations, 0
         self.optimizer = torch.optim.Adam(net.parameters(), learning_rate)
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, learning_rate, total_steps=iterations)
-        self.image, self.history, self.usual = None, [], 0.01
-        self.lowest, self.chosen, self.weights, self.recent = math.inf, None, {}, deque(maxlen=100)
+        self.image: Tensor | None = None
+        self.history: list[dict[str, float]] = []
+        self.chosen: int | None = None
+        self.usual, self.lowest, self.weights, self.recent = 0.01, math.inf, {}, deque(maxlen=100)
 
     def step(self, loss: Tensor) -> None:
         "One step of Adam along the gradient, which is clipped to 1.2 times its `usual` norm, a running average."
@@ -265,7 +268,7 @@ def restore_run(run: Run, tensors: dict[str, Tensor], about: dict) -> None:
 STATE_SECONDS, FIGURE_SECONDS = 30.0, 1.0 # between two states on disk, between two drawings
 SHARE = 0.02 # of all time that each of them may take
 
-def every(seconds: float, act: Callable[[Run], None]) -> Callable[[Run], None]:
+def every(seconds: float, act: Callable[[Any], None]) -> Callable[[Any], None]:
     "`act`, but only where it is due: `seconds` after the last time, and within its `SHARE` of all time."
     start = last = perf_counter()
     spent = cost = 0.0

@@ -66,7 +66,7 @@ class Model:
     training: int # how many of the n rays the network was fitted to
     grams: dict[str, tuple[Tensor, Tensor]] # distances (R,) and Grams (R, n, n) of each block
     basis: tuple[Tensor, Tensor] | None = None # orthonormal columns, for the fitted and for the held-out rays
-    outside: tuple[tuple[int, float], tuple[int, float]] = ((0, 0.0), (0, 0.0)) # directions without signal, their ‖r‖²
+    outside: tuple[tuple[int, float], ...] = ((0, 0.0), (0, 0.0)) # directions without signal, their ‖r‖²
     tail: float = 0.0 # share of ‖AJ‖_F that the basis leaves out
     theta: Tensor | None = None # θ̄ (parameters,) of the paper's objective; None: θ*
 
@@ -290,9 +290,10 @@ class Evidence:
         return P if W is None else W @ P @ W.T
 
 # %% ../nbs/08_evidence.ipynb #628ea62a
-def prior_of(model: Model, variance: Sequence[float], length: Sequence[float]) -> FilterPrior:
+def prior_of(model: Model, variance: Sequence[float] | Tensor, length: Sequence[float] | Tensor) -> FilterPrior:
     "The prior with σ_d² and ℓ_d of each block in turn."
-    return FilterPrior(model.blocks, *(dict(zip(model.blocks, map(float, h))) for h in (variance, length)))
+    variances, lengths = (dict(zip(model.blocks, map(float, h))) for h in (variance, length))
+    return FilterPrior(model.blocks, variances, lengths)
 
 def maximise(model: Model,
              objective: str, # "conditional", "joint" or "paper"
@@ -485,7 +486,7 @@ class Correction:
         prior = prior_of(self.model, variance, length)
         K = self.model.covariance(self.model.weights(variance, length), noise)
         found = [(sign, *self.term(W, r, K, prior, noise)) for sign, W, r in self.terms]
-        return sum(sign * value for sign, value, _ in found), sum(sign * slopes for sign, _, slopes in found)
+        return sum(sign * value for sign, value, _ in found), torch.stack([sign * s for sign, _, s in found]).sum(0)
 
     def to_weights(self, v: Tensor) -> Tensor: # v (rays, b), float64 → (b, parameters)
         "(AJ)ᵀv; rays that are missing at the end count as zero."

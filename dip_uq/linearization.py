@@ -67,7 +67,8 @@ def observe(net: nn.Module,
         if len(seen[m]) != 1:
             raise ValueError(f"net: convolution {name!r} is used {len(seen[m])} times, but only networks that use each "
                              "once can be linearised; give every use a convolution of its own, and remove unused ones")
-    return out, *map(list, zip(*(uses[0] for uses in seen.values())))
+    seen_patches, shapes = zip(*(uses[0] for uses in seen.values()))
+    return out, list(seen_patches), list(shapes)
 
 # %% ../nbs/05_linearization.ipynb #baf7b994
 class Linearization:

@@ -146,7 +146,7 @@ class DeepDecoder(nn.Module):
     def grids(self, z: Tensor) -> list[Sequence[int]]:
         "The grids for an image like `z`, its own first, then each half the one before, rounding up."
         _check_input(z, 1, self.settings["dims"])
-        sizes = [z.shape[2:]]
+        sizes: list[Sequence[int]] = [z.shape[2:]]
         for _ in range(len(self.steps) - 1): sizes.append([-(-n // 2) for n in sizes[-1]])
         if max(sizes[-1]) == 1:
             raise ValueError(f"z has shape {tuple(z.shape)}, of which one pixel is left after halving it "

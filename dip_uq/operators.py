@@ -24,7 +24,7 @@ def _check_shape(
 ) -> tuple:  # of ints
     "`shape` as a tuple; raises ValueError unless every entry is a positive whole number."
     sizes = tuple(shape) if isinstance(shape, (tuple, list, torch.Size, np.ndarray)) else (shape,)
-    if not all(isinstance(n, numbers.Integral) and n > 0 for n in sizes):
+    if not all(isinstance(n, (int, np.integer)) and n > 0 for n in sizes):
         raise ValueError(f"{name}={shape!r}: expected positive whole numbers")
     return tuple(map(int, sizes))
 
@@ -80,7 +80,8 @@ class LinearOperator:
                  adjoint: Callable):  # tensor (batch, *range_shape) -> tensor (batch, *domain_shape)
         self.domain_shape = _check_shape("domain_shape", domain_shape)
         self.range_shape = _check_shape("range_shape", range_shape)
-        self._forward, self._adjoint, self._T = forward, adjoint, None
+        self._forward, self._adjoint = forward, adjoint
+        self._T: LinearOperator | None = None
 
     def __call__(self,
                  x: torch.Tensor  # (..., *domain_shape), real floating point
@@ -205,8 +206,8 @@ def _torch_csr(matrix, dtype, device):
     "SciPy CSR to torch CSR, sharing memory where dtype and device allow."
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-        arrays = map(torch.from_numpy, (matrix.indptr, matrix.indices, matrix.data))
-        return torch.sparse_csr_tensor(*arrays, size=matrix.shape, check_invariants=False).to(device, dtype)
+        starts, columns, values = map(torch.from_numpy, (matrix.indptr, matrix.indices, matrix.data))
+        return torch.sparse_csr_tensor(starts, columns, values, matrix.shape, check_invariants=False).to(device, dtype)
 
 # %% ../nbs/00_operators.ipynb #d0bfb176
 def require_memory(
@@ -662,7 +663,7 @@ def _smear(q, g, angle, shape):
 
 # %% ../nbs/00_rays.ipynb #5696c105
 def fbp(
-    A: RayTransform,
+    A: LinearOperator,  # a RayTransform; TypeError for others
     y: torch.Tensor,  # (..., angles, bins) line integrals
     window: str = "ram-lak"  # "ram-lak", or "hann" for less noise and less detail
 ) -> torch.Tensor:  # (..., H, W), in units of y per length

@@ -123,8 +123,8 @@ class Solution:
 # %% ../nbs/12_pipeline.ipynb #28a8b52e
 def peak_memory_mb() -> float:
     "The most memory that this process has held, in MB (2²⁰ bytes)."
-    try: import resource
-    except ImportError: return psutil.Process().memory_info().peak_wset / 2**20 # Windows
+    if sys.platform == "win32": return psutil.Process().memory_info().peak_wset / 2**20
+    import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 def versions() -> dict[str, str]:
@@ -214,7 +214,7 @@ def draw_calibration(ax: plt.Axes, s: Solution) -> None:
 
 def small_text(ax: plt.Axes) -> None:
     "Title and labels in the sizes of `show_image`."
-    for text, size in ((ax.title, 9), (ax.xaxis.label, 8), (ax.yaxis.label, 8)): text.set_size(size)
+    for text, size in ((ax.title, 9), (ax.xaxis.label, 8), (ax.yaxis.label, 8)): text.set_fontsize(size)
     ax.tick_params(labelsize=7)
 
 def headline(summary: dict) -> str:

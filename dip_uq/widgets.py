@@ -244,7 +244,7 @@ def draw_landscape(landscape: Landscape,
     return fig
 
 # %% ../nbs/14_widgets.ipynb #e61f22b2
-def square(shape: tuple[int, int], row: int, column: int, radius: int) -> Tensor: # `shape`
+def square(shape: tuple[int, ...], row: int, column: int, radius: int) -> Tensor: # `shape`
     "Weights that average the square of 2·radius + 1 pixels around one, as far as it lies in the image."
     for name, place, size in (("row", row, shape[0]), ("column", column, shape[1])): _whole(name, place, 0, size - 1)
     _whole("radius", radius, 0)

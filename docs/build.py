@@ -42,17 +42,24 @@ def read(path: Path):
 
 # What an exported cell defines, as directives of Sphinx's Python domain
 
+def name_of(node) -> str:
+    "The name of a function, a class, or a constant in capitals; of other statements nothing."
+    if isinstance(node, (*FUNCTION, ast.ClassDef)): return node.name
+    target = node.targets[0] if isinstance(node, ast.Assign) else None
+    return target.id if isinstance(target, ast.Name) and target.id.isupper() else ""
+
 def is_public(node) -> bool:
-    if not isinstance(node, (*FUNCTION, ast.ClassDef)): return False
-    return node.name[0] != "_" or node.name in ("__call__", "__getitem__")
+    name = name_of(node)
+    return name in ("__call__", "__getitem__") or bool(name) and name[0] != "_"
 
 def public(cell) -> list:
-    "The public functions and classes that a cell exports."
+    "The public functions, classes and constants that a cell exports."
     return [node for node in ast.parse(cell.source).body if is_public(node)] if "export" in cell.directives_ else []
 
 def members(node) -> list:
     "The documented public methods and properties of a class."
-    return [f for f in node.body if is_public(f) and ast.get_docstring(f)] if isinstance(node, ast.ClassDef) else []
+    if not isinstance(node, ast.ClassDef): return []
+    return [f for f in node.body if isinstance(f, FUNCTION) and is_public(f) and ast.get_docstring(f)]
 
 def init(node) -> list: return [f for f in node.body if isinstance(f, FUNCTION) and f.name == "__init__"]
 
@@ -67,10 +74,14 @@ def signature(node) -> str:
     if "dataclass" in decorators(node): return f"{node.name}({', '.join(map(ast.unparse, fields(node)))})"
     return node.name + "".join(signature(f).removeprefix("__init__").removesuffix(" -> None") for f in init(node))
 
+def comments_in(source: str) -> dict:
+    "Line → comment."
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    return {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
+
 def parameters(node, source: str) -> str:
     "A table of the comments after the parameters of a function or the fields of a class."
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    comments = {t.start[0]: t.string.lstrip("# ").replace("|", r"\|") for t in tokens if t.type == tokenize.COMMENT}
+    comments = {line: comment.replace("|", r"\|") for line, comment in comments_in(source).items()}
     if isinstance(node, ast.ClassDef): named = [(f"`{ast.unparse(f.target)}`", f) for f in fields(node)]
     else:
         a = node.args
@@ -80,7 +91,14 @@ def parameters(node, source: str) -> str:
     rows = [f"| {name} | {comments[line]} |" for line, name in names.items() if line in comments]
     return "\n".join(["| parameter | meaning |", "|:--|:--|", *rows]) if rows else ""
 
+def describe_constant(node, source: str, module: str, names: dict) -> str:
+    "Its value, if one line holds it, and the comment after it."
+    value, text = ast.unparse(node.value), link(comments_in(source).get(node.end_lineno, ""), names)
+    options = [f":module: {module}"] + ([f":value: {value}"] if len(value) < 88 else [])
+    return "\n".join([f"```{{py:data}} {name_of(node)}", *options, "", text, "```"])
+
 def describe(node, source: str, module: str, names: dict, kind: str = "function") -> str:
+    if isinstance(node, ast.Assign): return describe_constant(node, source, module, names)
     head, options = signature(node), [f":module: {module}"]
     body = [cleandoc(ast.get_docstring(node) or ""), parameters(node, source)]
     parts = [link(part, names) for part in body]
@@ -106,7 +124,7 @@ def known(notebooks: list) -> dict:
     for nb in notebooks:
         if nb.module_: names[nb.module_] = ("mod", nb.module_)
         for node in sum(map(public, nb.cells), []):
-            for name in [node.name, *(f"{node.name}.{f.name}" for f in members(node))]:
+            for name in [name_of(node), *(f"{name_of(node)}.{f.name}" for f in members(node))]:
                 full = f"{nb.module_}.{name}"
                 names |= {written: ("obj", full) for written in (name, full, full.split(".", 1)[1])}
     return names
@@ -124,7 +142,17 @@ def page(name: str) -> str: return re.sub(r"^\d+[a-z]*_", "", name)
 
 def carry(text: str, notebook, above: str) -> str:
     "Point links to notebooks (`notebook`: name → target) and to files above nbs/ to where the reader finds these."
+    absent = [file for file in re.findall(r"\]\(\.\./([^)#]+)", text) if not (ROOT / file).exists()]
+    if absent: raise ValueError(f"links to files that are not there: {absent}")
     return re.sub(r"\]\((\w+)\.ipynb", lambda m: f"]({notebook(m[1])}", text).replace("](../", f"]({above}")
+
+
+def launch(path: Path, settings) -> str:
+    "Where the notebook can be run without installing anything: on Binder; on Colab too, if a cell installs what it needs."
+    place = f"{settings['user']}/{settings['repo']}"
+    binder = f"[Binder](https://mybinder.org/v2/gh/{place}/{settings['branch']}?labpath=nbs/{path.name})"
+    colab = f"[Colab](https://colab.research.google.com/github/{place}/blob/{settings['branch']}/nbs/{path.name})"
+    return f"Run it on {binder}" + (f" or {colab}" if "google.colab" in path.read_text("utf-8") else "")
 
 
 # The two products
@@ -148,7 +176,8 @@ def html(out: Path, options: list) -> int:
     from sphinx.cmd.build import main
     settings = ConfigParser()
     settings.read(ROOT / "settings.ini", encoding="utf-8")
-    repository = f"{settings['DEFAULT']['git_url']}/blob/{settings['DEFAULT']['branch']}/"
+    settings = settings["DEFAULT"]
+    repository = f"{settings['git_url']}/blob/{settings['branch']}/"
     paths = [ROOT / "nbs/index.ipynb", *sorted(ROOT.glob("nbs/[0-9]*.ipynb"))]
     notebooks = [read(path) for path in paths]
     names = known(notebooks)
@@ -156,7 +185,8 @@ def html(out: Path, options: list) -> int:
     (out / "pages").mkdir(parents=True)
     for path, nb in zip(paths, notebooks):
         adapt(nb, names, repository)
-        if path.stem == "index":
+        if path.stem != "index": nb.cells.insert(1, mk_cell(launch(path, settings), "markdown"))
+        else:
             pages = "\n".join(page(p.stem) for p in paths[1:])
             nb.cells.append(mk_cell(f"```{{toctree}}\n:hidden:\n\n{pages}\n```", "markdown"))
         write_nb(nb, out / "pages" / f"{page(path.stem)}.ipynb")

@@ -1,94 +1,31 @@
-"""The explorers as a person meets them: a Voila app in a headless Chromium, worked with the keyboard."""
-import os
-import shutil
-import socket
-import subprocess
-import sys
-from pathlib import Path
-from time import monotonic, sleep
-
+"""The explorers as a person meets them, worked with the keyboard in a browser: a Voila app, and JupyterLab."""
 import pytest
-
-pytest.importorskip("voila", reason="the explorers are tested as a Voila app")
-webdriver = pytest.importorskip("selenium.webdriver", reason="selenium drives the browser")
-from selenium.webdriver.common.by import By
+from browser import ROOT, By, chromium, errors, find, message, needs_chromium, picture, press, served, wait
+from execnb.nbio import read_nb, write_nb
 from selenium.webdriver.common.keys import Keys
 
-ROOT = Path(__file__).parents[1]
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-DRIVER = shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="there is no Chromium with its driver; on Debian "
-                                "install chromium and chromium-driver")
-PATIENCE = 400  # seconds: a busy machine is slow, not broken
+pytestmark = needs_chromium
+NOTEBOOK = "14_widgets.ipynb"
 
 # The explorers in the order of the notebook: how many of their controls are sliders, choices, numbers to type, players
 EXPLORERS = dict(wave=(2, 0, 0, 1), train=(1, 0, 0, 1), weights=(3, 0, 0, 0), dreams=(14, 1, 0, 0), hills=(1, 0, 1, 0),
                  places=(4, 0, 0, 1), honest=(1, 1, 0, 0))
 
 
-def wait(condition, what):
-    "Until `condition()` holds; its value."
-    end = monotonic() + PATIENCE
-    while monotonic() < end:
-        if value := condition(): return value
-        sleep(0.1)
-    raise TimeoutError(what)
-
-
 @pytest.fixture(scope="module")
-def app():
-    "The address of the notebook as an app."
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    env = {k: v for k, v in os.environ.items() if k != "IN_TEST"} | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
-    command = [sys.executable, "-m", "voila", "14_widgets.ipynb", "--no-browser", f"--port={port}", "--Voila.ip=127.0.0.1"]
-    server = subprocess.Popen(command, cwd=ROOT / "nbs", env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    def up():
-        assert server.poll() is None, f"voila ended with {server.returncode}"
-        with socket.socket() as s: return s.connect_ex(("127.0.0.1", port)) == 0
-    try:
-        wait(up, "voila does not listen")
-        yield f"http://127.0.0.1:{port}/"
-    finally:
-        server.terminate()
-        server.wait(30)
-
-
-@pytest.fixture(scope="module")
-def page(app):
-    "A browser that has opened it."
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=1100,900"):
-        options.add_argument(flag)
-    options.page_load_strategy = "none"  # the page is complete once the notebook has run, which `wait` has patience for
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    try:
-        browser.get(app)
+def page():
+    "A browser that has opened the notebook as an app."
+    pytest.importorskip("voila", reason="the explorers are tested as a Voila app")
+    command = "voila", NOTEBOOK, "--no-browser", "--port={port}", "--Voila.ip=127.0.0.1"
+    with served(*command, cwd=ROOT / "nbs") as address, chromium(address) as browser:
         wait(lambda: len(find(browser, ".widget-image")) >= len(EXPLORERS), "the explorers do not appear")
         yield browser
-    finally: browser.quit()
 
-
-def find(within, css): return within.find_elements(By.CSS_SELECTOR, css)
 
 def explorer(page, name):
     boxes = [e for e in find(page, ".widget-vbox") if find(e, ":scope > .widget-gridbox")]
     assert len(boxes) == len(EXPLORERS)
     return boxes[list(EXPLORERS).index(name)]
-
-def picture(box): return find(box, "img.widget-image")[0].get_attribute("src")
-
-def message(box): return find(box, ":scope > .widget-html")[0].text.strip()
-
-def press(box, control, *keys):
-    "Send the keys to a control of the explorer, and wait for another picture."
-    before = picture(box)
-    control.send_keys(*keys)
-    wait(lambda: picture(box) != before, f"no new picture after {keys}; the message is {message(box)!r}")
-    assert not message(box)
 
 
 @pytest.mark.parametrize("name", EXPLORERS)
@@ -121,6 +58,36 @@ def test_a_bad_value_gets_a_message(page):
 
 def test_no_errors_in_the_console(page):
     "Nor in a cell of the notebook; comes last. (Voila takes the icon font from the network, where there is one.)"
-    severe = [entry["message"] for entry in page.get_log("browser") if entry["level"] == "SEVERE"]
-    assert not [text for text in severe if "/@fortawesome/" not in text]
+    assert not [text for text in errors(page) if "/@fortawesome/" not in text]
     assert "Traceback" not in page.find_element(By.TAG_NAME, "body").text
+
+
+@pytest.fixture
+def first_cells(tmp_path):
+    "A folder with the notebook up to its first explorer."
+    nb = read_nb(ROOT / "nbs" / NOTEBOOK)
+    last = next(i for i, cell in enumerate(nb.cells) if "Explorer(draw_wave" in cell.source)
+    nb.cells = nb.cells[:last + 1]
+    for cell in nb.cells:
+        if cell.cell_type == "code": cell.outputs = []
+    write_nb(nb, tmp_path / NOTEBOOK)
+    return tmp_path
+
+
+def test_jupyterlab(first_cells):
+    "A student opens a notebook, runs all its cells, and moves a slider."
+    pytest.importorskip("jupyterlab", reason="the notebooks are tested in JupyterLab")
+    own = {f"{name}_DIR": str(first_cells / name) for name in ("JUPYTER_CONFIG", "JUPYTER_DATA", "JUPYTER_RUNTIME",
+           "JUPYTERLAB_SETTINGS", "JUPYTERLAB_WORKSPACES", "IPYTHON")}  # leave those of the user alone
+    command = ("jupyterlab", "--no-browser", "--allow-root", "--port={port}", "--ip=127.0.0.1", "--IdentityProvider.token=t",
+               "--LabApp.news_url=None", "--LabApp.extension_manager=readonly")
+    with served(*command, cwd=first_cells, **own) as address, chromium(f"{address}/lab/tree/{NOTEBOOK}?token=t") as page:
+        def ready(): return find(page, ".jp-Notebook .jp-CodeCell") and "Idle" in find(page, "#jp-bottom-panel")[0].text
+        wait(ready, "the kernel does not start")
+        next(item for item in find(page, ".lm-MenuBar-item") if item.text == "Run").click()
+        wait(lambda: find(page, "[data-command='runmenu:run-all']"), "no menu")[0].click()
+        wait(lambda: find(page, ".jp-OutputArea .widget-image"), "the explorer does not appear")
+        box, = (e for e in find(page, ".widget-vbox") if find(e, ":scope > .widget-gridbox"))
+        for handle in find(box, ".noUi-handle"): press(box, handle, Keys.LEFT)
+        assert "Traceback" not in page.find_element(By.TAG_NAME, "body").text
+        assert not errors(page)
