@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
+from inspect import cleandoc
 from pathlib import Path
 
 import pooch
@@ -41,9 +42,10 @@ def parser() -> argparse.ArgumentParser:
                                description="Simulate a sparse-view scan of a walnut slice and solve it.")
     demo.add_argument("--noise", type=float, default=0.05, help="noise in units of mean|Ax| (default %(default)s)")
     file = commands.add_parser("reconstruct", help="reconstruct a measured scan",
-                               description="Reconstruct a scan from a file, with error bars.")
-    file.add_argument("scan", metavar="SCAN", help=".npz in the documented layout, or htc2022_…_full.mat")
-    file.add_argument("--bins", type=int, help="detector pixels after averaging (default: fits the image size)")
+                               description="Reconstruct a scan from a file, with error bars.",
+                               epilog=cleandoc(load_scan.__doc__).split("\n\n")[1])
+    file.add_argument("scan", metavar="SCAN", help=".npz in the layout below, or htc2022_…_full.mat")
+    file.add_argument("--bins", type=int, help="detector pixels after averaging (default all in .npz; fitting for .mat)")
     commands.add_parser("info", help="versions, machine and data folder, for a bug report",
                         description="Print versions, machine and data folder, for a bug report.")
     teach = commands.add_parser("pretrain", help="teach a network on synthetic scans, in about forty minutes",
@@ -52,10 +54,10 @@ def parser() -> argparse.ArgumentParser:
     teach.add_argument("--out", type=Path, required=True, metavar="FILE", help="for the weights, as safetensors")
     teach.add_argument("--phantoms", nargs="+", choices=[p.__name__ for p in PHANTOMS], metavar="KIND",
                        help="kinds of images, of %(choices)s (default: all)")
-    for p, size, iterations, scales, channels in ((demo, 96, 600, 4, 16), (file, 128, 1000, 5, 32),
+    for p, size, iterations, scales, channels in ((demo, 96, 600, 4, 16), (file, None, 1000, 5, 32),
                                                   (teach, 64, 20_000, 4, 16)):
         p.add_argument("--size", type=int, default=size,
-                       help="pixels along each side of the image (default %(default)s)")
+                       help=f"pixels along each side of the image (default {size or 'as in .npz, 128 for .mat'})")
         educated = "" if p is teach else f", educated {FINE['iterations']}"
         p.add_argument("--iterations", type=int, help=f"steps of Adam (default {iterations}{educated})")
         p.add_argument("--scales", type=int, default=scales, help="resolutions of the U-Net (default %(default)s)")
@@ -63,9 +65,9 @@ def parser() -> argparse.ArgumentParser:
         p.add_argument("--seed", type=int, default=0, help="of weights and noise (default %(default)s)")
         p.add_argument("--quiet", action="store_true", help="no progress bars")
         p.set_defaults(usual=iterations, educated=None)
-    for p in demo, file:
-        p.add_argument("--angles", type=int, default=30,
-                       help="projections to use, held-out ones included (default %(default)s)")
+    for p, angles in (demo, 30), (file, None):
+        p.add_argument("--angles", type=int, default=angles, help="projections to use, held-out ones included (default "
+                       f"{angles or 'all in .npz, 30 for .mat'})")
         p.add_argument("--educated", nargs="?", const="", metavar="FILE",
                        help="start from the educated network of FILE, by default the one that comes with dip_uq, "
                             "whatever --scales and --channels say")

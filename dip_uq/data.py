@@ -311,7 +311,7 @@ def _read_npz(path: Path) -> dict:
 
 def _field(fields: Mapping, key: str, where: str) -> Any:
     if not isinstance(fields, Mapping) or key not in fields:
-        raise ValueError(f"{where} has no {key!r}; help(load_scan) lists what is needed")
+        raise ValueError(f"{where} has no {key!r}; help(load_scan) and `dip-uq reconstruct --help` list what is needed")
     return fields[key]
 
 # %% ../nbs/01_data.ipynb #1dfa6c39

@@ -448,7 +448,11 @@ def fit_evidence(lin: Linearization, # made from a reconstruction that holds pro
     return replace(found, seconds=dict(jacobian=jacobian) | found.seconds)
 
 # %% ../nbs/08_scalable.ipynb #172246d4
-from linear_operator.utils.linear_cg import linear_cg
+import warnings
+
+with warnings.catch_warnings():  # it uses torch.jit.script, of which torch 2.14 warns at every start
+    warnings.simplefilter("ignore", FutureWarning)
+    from linear_operator.utils.linear_cg import linear_cg
 
 from .priors import class_squares
 
