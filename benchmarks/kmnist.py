@@ -1,0 +1,230 @@
+"""Whose error bars can be believed? The experiment of arXiv:2203.00479 on the images of KMNIST.
+
+    python benchmarks/kmnist.py --out kmnist.jsonl [--images 10] [--angles 5 10 20 30] [--noise 0.05 0.1] [--workers N]
+                                 [--methods constant dropout mll tv-map solve carried] [--iterations 600]
+
+28² pixels, parallel beam, 41 rays in a projection; a U-Net of 76.6 k weights: 3 scales × 32 channels, no normalisation, sigmoid.
+Needs kmnist/kmnist_test_first50.npz in the folder DIP_UQ_DATA. One line of JSON for each image, setting and method, and all
+settings of an image before the next image; called again with the same file it goes on where it stopped, and prints the tables.
+
+constant       the image of DIP, and one number for all bars: the best one, which only the truth can tell
+constant-rays  the image of DIP without the projections that are held out, and one number for all bars, which these tell
+dropout        MC dropout, 5 % of the features, 1024 samples
+mll            linearised DIP; a variance and a length for each block and the noise by the paper's objective
+tv-map         the same with the TV prior over the lengths
+joint          the same without it, by the joint evidence; not among the defaults
+solve          `solve`: one variance and one length by the conditional evidence, and the correction by held-out rays
+solve-raw      the same without the correction
+carried        the variance and the length that `solve` chose, for the image of DIP from all projections
+
+`angles` is the budget of every method: what is held out comes out of it. All fits have the learning rate of `solve`; those to all
+projections stop as soon as the data error is that of the noise, those that hold out take the best iterate by these.
+
+A network that ends in a sigmoid has pixels without any slope, whose bars are zero: see `floor`, which is added to the variances of
+all methods but the constant ones (as in the paper), before they are scored. z-uncertain is the z-std of the pixels whose bars
+are longer than that without it; blind is the share of pixels that err by more than four floors and have bars below one.
+Seconds are processor time; what methods share counts for the first of them.
+"""
+import argparse
+import json
+import math
+import os
+from dataclasses import replace
+from functools import cached_property, partial
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import mean, stdev
+from time import process_time
+
+import numpy as np
+import torch
+from torch.distributions import MultivariateNormal
+from tqdm import tqdm
+
+from dip_uq.calibration import coverage, crps, log_likelihood, mc_dropout, patches_of, z_std
+from dip_uq.data import simulate
+from dip_uq.dip import psnr, reconstruct
+from dip_uq.evidence import Model, log_parameters, maximise, prior_of
+from dip_uq.linearization import Linearization
+from dip_uq.networks import UNet
+from dip_uq.operators import mask, parallel_beam
+from dip_uq.pipeline import solve
+from dip_uq.posterior import Posterior
+from dip_uq.priors import TVPrior
+
+PIXELS = mask(torch.ones(28, 28, dtype=torch.bool))  # all of them, seen directly
+
+
+def image(index):
+    "A digit of KMNIST-test, grey values from 0 to 1."
+    file = Path(os.environ.get("DIP_UQ_DATA", "")) / "kmnist/kmnist_test_first50.npz"
+    if not file.exists(): raise SystemExit(f"{file} is missing; set DIP_UQ_DATA to the folder that holds kmnist/")
+    return torch.from_numpy(np.load(file)["images"][index]).float() / 255
+
+
+def floor(scan):
+    "σ_y² mean diag (AᵀA)⁺, by the 100 largest singular values as the paper's code has it: noise as seen by a pixel."
+    singular = torch.linalg.svdvals(torch.from_numpy(scan.operator.matrix.toarray()).double())[:100]
+    return scan.noise_std**2 * float((1 / singular**2).sum()) / scan.operator.matrix.shape[1]
+
+
+class Case:
+    "One scan, and what the methods share. A method returns its mean (28, 28), its covariance (784, 784), and remarks."
+    def __init__(self, index, angles, noise, iterations):
+        A = parallel_beam(np.linspace(0, np.pi, angles, endpoint=False), (28, 28), 41)
+        self.scan, self.net, self.seconds = simulate(image(index), A, noise, seed=index), UNet(3, 32, norm=False), {}
+        self.fit = dict(iterations=iterations, learning_rate=2e-3)
+
+    def timed(self, step, work, *args, **options):
+        began = process_time()
+        found = work(*args, **options)
+        self.seconds[step] = process_time() - began
+        return found
+
+    @cached_property
+    def lin(self):
+        return Linearization(self.timed("dip", reconstruct, self.scan, self.net, stop="discrepancy", progress=False, **self.fit))
+
+    @cached_property
+    def model(self): return self.timed("jacobian", Model.build, self.lin, shared=False)
+
+    @cached_property
+    def tv(self): return self.timed("tv", TVPrior.build, self.lin, self.model.blocks)
+
+    @cached_property
+    def solution(self):  # one sample for its bars, which are not used: `solved` computes them all, with covariances
+        return self.timed("solve", solve, self.scan, self.net, samples=1, progress=False, **self.fit)
+
+    @cached_property
+    def solved(self): return self.timed("posterior", self.solution.posterior.predict, PIXELS)
+
+    def constant(self):
+        x = self.lin.recon.image
+        return x, (x - self.scan.truth).square().mean() * torch.eye(x.numel()), dict(iteration=self.lin.recon.settings["iteration"])
+
+    def constant_rays(self):
+        "mean r_h² = σ_y² + s² mean ‖a_h‖² for independent errors of the pixels; what is too small to be seen counts as noise."
+        recon, noise = self.solution.recon, self.scan.noise_std**2
+        rest = recon.scan.validation
+        r = rest.operator(recon.image) - rest.measurement
+        surplus = max(float(r.square().mean()) - noise, noise * math.sqrt(2 / r.numel()))
+        variance = surplus * r.numel() / float(rest.operator.matrix.power(2).sum())
+        return recon.image, variance * torch.eye(recon.image.numel()), {}
+
+    def dropout(self):
+        found = self.timed("dropout", mc_dropout, self.scan, self.net, samples=1024, stop="discrepancy", **self.fit)
+        return found.mean, torch.cov(found.samples.flatten(1).T), {}
+
+    def linearised(self, objective, tv=False):
+        model, prior = self.model, self.tv if tv else None
+        found = self.timed("evidence", maximise, model, objective, None, tv=prior)
+        hyper = [*found.prior.variance.values(), *found.prior.length.values(), found.noise_std**2]
+        at_bound = [min(abs(math.log(h) - b) for b in ends) < 0.01 for h, ends in zip(hyper, log_parameters(model, None)[1])]
+        middle, C = self.timed("posterior", Posterior(found).predict, PIXELS)
+        return middle.view(28, 28), C, dict(variance=found.prior.variance, length=found.prior.length, at_bound=sum(at_bound),
+                                            noise_ratio=found.noise_std / self.scan.noise_std)
+
+    def solve(self, corrected):
+        (middle, C), check, posterior = self.solved, self.solution.check, self.solution.posterior
+        prior = posterior.evidence.prior
+        more = dict(variance=prior.variance, length=prior.length, scale=check.scale, scale_error=check.scale_error,
+                    correction=check.correction, iteration=self.solution.recon.settings["iteration"])
+        return middle.view(28, 28), C if corrected else C / posterior.scale**2, more
+
+    def carried(self):
+        chosen, b = self.solution.posterior.evidence, len(self.model.blocks)
+        prior = prior_of(self.model, *([*h.values()] * b for h in (chosen.prior.variance, chosen.prior.length)))
+        middle, C = self.timed("posterior", Posterior(replace(chosen, model=self.model, prior=prior)).predict, PIXELS)
+        return middle.view(28, 28), C, {}
+
+
+METHODS = {"constant": Case.constant, "constant-rays": Case.constant_rays, "dropout": Case.dropout,
+           "mll": partial(Case.linearised, objective="paper"), "tv-map": partial(Case.linearised, objective="paper", tv=True),
+           "joint": partial(Case.linearised, objective="joint"),
+           "solve": partial(Case.solve, corrected=True), "solve-raw": partial(Case.solve, corrected=False), "carried": Case.carried}
+
+
+def patch_density(C, error, size):
+    "log N(error; 0, C) per pixel of square patches, mean over the patches."
+    where = patches_of(torch.arange(error.numel()).view(1, *error.shape), size)[:, 0]
+    e = error.flatten().double()[where]
+    return float(MultivariateNormal(torch.zeros_like(e), C[where[:, :, None], where[:, None]]).log_prob(e).mean()) / size**2
+
+
+def scores(middle, C, truth, least):
+    "All figures of a forecast; `least` is added to its variances."
+    C, error = C.double(), middle - truth
+    raw = C.diagonal().view(truth.shape)
+    C = (C + C.T) / 2 + (least + 1e-9) * torch.eye(len(C))
+    std, root = C.diagonal().view(truth.shape).clamp(min=1e-9).sqrt(), max(least, 1e-9)**0.5
+    uncertain = raw > root**2
+    return dict(log_likelihood=log_likelihood(error, std), z=z_std(error, std), coverage95=coverage(error, std), crps=crps(error, std),
+                psnr=psnr(middle, truth), uncertain=float(uncertain.float().mean()),
+                z_uncertain=z_std(error[uncertain], std[uncertain]) if uncertain.any() else None,
+                blind=float((~uncertain & (error.abs() > 4 * root)).float().mean()),
+                log_likelihood_2=patch_density(C, error, 2), log_likelihood_10=patch_density(C, error, 10))
+
+
+def run(task):
+    "The lines of one image and setting."
+    (index, angles, noise, iterations), names = task
+    case, lines = Case(index, angles, noise, iterations), []
+    for name in names:
+        case.seconds = {}
+        middle, C, more = METHODS[name](case)
+        least = 0.0 if name.startswith("constant") else floor(case.scan)
+        lines.append(dict(image=index, angles=angles, noise=noise, iterations=iterations, method=name,
+                          **scores(middle, C, case.scan.truth, least), floor=least**0.5, seconds=case.seconds, **more))
+    return lines
+
+
+def table(lines, settings, names, key):
+    "Mean and standard error over the images."
+    def cell(name, setting):
+        found = [d[key] for d in lines if (d["angles"], d["noise"], d["method"]) == (*setting, name) and d[key] is not None]
+        if not found: return "–"
+        return f"{mean(found):.2f}" + (f" ± {stdev(found) / len(found)**0.5:.2f}" if len(found) > 1 else "")
+    print(f"\n{key}\n\n| method | " + " | ".join(f"{a} angles, {p:.0%}" for a, p in settings) + " |\n" + "|---" * (1 + len(settings)) + "|")
+    for name in names: print(f"| {name} | " + " | ".join(cell(name, s) for s in settings) + " |")
+
+
+def seconds(lines, names):
+    "Mean of each step of each method."
+    print("\nseconds\n")
+    for name in names:
+        found = [d["seconds"] for d in lines if d["method"] == name]
+        steps = {step: mean(d[step] for d in found if step in d) for step in dict.fromkeys(s for d in found for s in d)}
+        print(f"{name}: " + ", ".join(f"{step} {s:.1f}" for step, s in steps.items()))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--images", type=int, default=10, choices=range(1, 51), metavar="N", help="the first N, at most 50")
+    parser.add_argument("--angles", nargs="+", type=int, default=[5, 10, 20, 30])
+    parser.add_argument("--noise", nargs="+", type=float, default=[0.05, 0.1])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=[m for m in METHODS if m != "joint"])
+    parser.add_argument("--iterations", type=int, default=600)
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes of one thread each")
+    args = parser.parse_args()
+    lines = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
+    done = {(d["image"], d["angles"], d["noise"], d["iterations"], d["method"]) for d in lines}
+    settings, todo = [(a, p) for p in args.noise for a in args.angles], []
+    for index in range(args.images):
+        for setting in settings:
+            case = index, *setting, args.iterations
+            if missing := [m for m in args.methods if (*case, m) not in done]: todo.append((case, missing))
+    with get_context("spawn").Pool(args.workers, torch.set_num_threads, (1,)) as pool:
+        for found in tqdm(pool.imap_unordered(run, todo), total=len(todo)):
+            with args.out.open("a") as f: print(*map(json.dumps, found), sep="\n", file=f)
+            lines += found
+        pool.close()
+        pool.join()
+    shown = [d for d in lines if d["iterations"] == args.iterations and d["image"] < args.images]
+    print(f"{len({d['image'] for d in shown})} images, at most {args.iterations} iterations")
+    for key in ("log_likelihood", "log_likelihood_2", "log_likelihood_10", "z", "z_uncertain", "blind", "coverage95", "crps", "psnr"):
+        table(shown, settings, args.methods, key)
+    seconds(shown, args.methods)
+
+
+if __name__ == "__main__": main()
