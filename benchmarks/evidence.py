@@ -72,10 +72,11 @@ def kmnist(folder):
     return torch.from_numpy(np.load(file)["images"][0]).float() / 255, "kmnist-test 0"
 
 
-def small(image, angles, bins, channels, iterations=500):
+def small(image, angles, bins, channels, iterations=500, norm=False):
     A = parallel_beam(np.linspace(0, np.pi, angles, endpoint=False), image.shape, bins)
     scan = simulate(image, A, noise=0.05)
-    return Linearization(reconstruct(scan, UNet(3, channels, norm=False), iterations=iterations, stop="fixed", progress=False))
+    net = UNet(3, channels, norm=norm)
+    return Linearization(reconstruct(scan, net, iterations=iterations, stop="fixed", progress=False))
 
 
 def kmnist28(out):
@@ -88,11 +89,11 @@ def growth(out):
     "Each of three sizes by itself; what it multiplies is in `per`."
     found = {}
     cases = dict(rays=[(28, angles, 32) for angles in (10, 20, 40, 80, 160)], pixels=[(size, 20, 16) for size in (32, 64, 128, 256)],
-                 weights=[(28, 20, channels) for channels in (8, 16, 32, 64)])
+                 weights=[(28, 20, channels) for channels in (8, 16, 32, 64, 128)])
     for name, sizes in cases.items():
         rows = []
         for size, angles, channels in sizes:
-            lin = small(walnut(size), angles, 41, channels, iterations=50)
+            lin = small(walnut(size), angles, 41, channels, iterations=50, norm=name == "weights")
             rows.append(fit(lin, "joint", one_block(lin), lin.recon.scan.noise_std)[1])
             rows[-1]["seconds_evaluation"] = rows[-1]["seconds_evidence"] / rows[-1]["evaluations"]
             print(name, rows[-1], flush=True)

@@ -417,11 +417,11 @@ def check_evidence(lin: Linearization, objective: str, method: str | None, tv: b
                          "it needs objective='joint', tv=False and scan.noise_std; take another method for the rest")
 
 def exact_bytes(lin: Linearization, shared: bool) -> float:
-    "What the exact method holds at once: rows of AJ, a block's float64 copy of them, all Grams and five matrices K_yy."
+    "Rows of AJ and all Grams, and what comes and goes: seven K_yy, or five and a block's rows twice in float64."
     n, widest = lin.recon.scan.measurement.numel(), max(lin.sizes)
     grams = sum(len(tap_distances(lin.convs[names[0]].kernel_size)[0])
                 for names in (one_block if shared else network_blocks)(lin).values())
-    return n * (lin.parameters * lin.recon.z.element_size() + 16 * widest) + 8 * n**2 * (grams + 5)
+    return n * (lin.parameters * lin.recon.z.element_size() + 16 * max(widest, n)) + 8 * n**2 * (grams + 5)
 
 def find_basis(lin: Linearization, tolerance: float, rank: int | None) -> SVD:
     "Of AJ, as large as `tolerance` asks for, and as `rank` or else half of the free memory allows."
@@ -442,9 +442,9 @@ def fit_evidence(lin: Linearization, # made from a reconstruction that holds pro
                 ) -> Evidence:
     """Choose σ_d², ℓ_d and, where the scan does not know it, σ_y by the largest evidence.
 
-    "exact" takes class Grams of all rays, "low rank" those of a basis that leaves out `tolerance` of AJ, "iterative"
-    adds what the basis leaves out by products with AJ (see `Correction`); which one is logged. "sampling" is for
-    another prior, the g-prior (see `sampled_g`).
+    "exact" takes class Grams of all rays, "low rank" those of a basis that leaves out `tolerance` of AJ, and the mean
+    variance outside; "iterative" adds what is missing by products with AJ (see `Correction`); which one is logged.
+    "sampling" is for another prior, the g-prior (see `sampled_g`).
 
     The paper's objective takes θ* where the network has no normalisation layers, otherwise the mode of the linear model
     under the hyperparameters of the joint evidence, with TV where the prior has it. Raises ValueError for what does not
