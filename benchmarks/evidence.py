@@ -26,14 +26,13 @@ import torch
 
 from dip_uq.data import ellipses, simulate, walnut
 from dip_uq.dip import reconstruct
-from dip_uq.evidence import (OBJECTIVES, Correction, Model, fit_evidence, fitted_first, log_parameters, maximise,
-                             value_and_gradient)
+from dip_uq.evidence import (OBJECTIVES, Correction, Model, draw_rays, fit_evidence, fitted_first, log_parameters,
+                             maximise, value_and_gradient)
 from dip_uq.linearization import Linearization, class_grams
 from dip_uq.networks import UNet
 from dip_uq.operators import fan_beam, parallel_beam
 from dip_uq.pipeline import peak_memory_mb, versions
 from dip_uq.priors import TVPrior, network_blocks, one_block
-from dip_uq.spectral import jacobian_svd
 
 
 class Laps:
@@ -104,7 +103,7 @@ def growth(out):
     return found
 
 
-def lowrank128(out, ranks=(100, 200, 300, 400, 600)):
+def lowrank128(out, ranks=(200, 400, 500, 600)):
     turn = np.linspace(0, 2 * np.pi, 30, endpoint=False)
     scan = simulate(walnut(128), fan_beam(turn, (128, 128), 140, 1.4, 384, 192), 0.05).hold_out(5)
     lin = Linearization(reconstruct(scan, UNet(), iterations=300, stop="heldout", learning_rate=2e-3, progress=False))
@@ -158,7 +157,7 @@ def half(out):
     lin.tapped = lambda taps: plain(taps).float()
     p = np.append(log_parameters(exact, None)[0][:2] - [3, 0], math.log(lin.recon.scan.noise_std**2))
     for tolerance in (0.1, 0.01):
-        rough = Model.build(lin, svd=jacobian_svd(lin, fitted_first(lin)[0], tolerance=tolerance, power=0))
+        rough = Model.build(lin, draws=draw_rays(lin, tolerance)[0])
         for name, objective in OBJECTIVES.items():
             true = value_and_gradient(p, exact, None, objective(exact))[0]
             for dtype in (torch.float32, torch.float16, torch.bfloat16):
