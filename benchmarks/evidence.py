@@ -26,14 +26,13 @@ import torch
 
 from dip_uq.data import ellipses, simulate, walnut
 from dip_uq.dip import reconstruct
-from dip_uq.evidence import (OBJECTIVES, Correction, Model, fit_evidence, fitted_first, log_parameters, maximise,
-                             value_and_gradient)
+from dip_uq.evidence import (OBJECTIVES, Correction, Model, draw_rays, fit_evidence, fitted_first, log_parameters,
+                             maximise, value_and_gradient)
 from dip_uq.linearization import Linearization, class_grams
 from dip_uq.networks import UNet
 from dip_uq.operators import fan_beam, parallel_beam
 from dip_uq.pipeline import peak_memory_mb, versions
 from dip_uq.priors import TVPrior, network_blocks, one_block
-from dip_uq.spectral import SVD, jacobian_svd
 
 
 class Laps:
@@ -72,10 +71,11 @@ def kmnist(folder):
     return torch.from_numpy(np.load(file)["images"][0]).float() / 255, "kmnist-test 0"
 
 
-def small(image, angles, bins, channels, iterations=500):
+def small(image, angles, bins, channels, iterations=500, norm=False):
     A = parallel_beam(np.linspace(0, np.pi, angles, endpoint=False), image.shape, bins)
     scan = simulate(image, A, noise=0.05)
-    return Linearization(reconstruct(scan, UNet(3, channels, norm=False), iterations=iterations, stop="fixed", progress=False))
+    net = UNet(3, channels, norm=norm)
+    return Linearization(reconstruct(scan, net, iterations=iterations, stop="fixed", progress=False))
 
 
 def kmnist28(out):
@@ -88,11 +88,11 @@ def growth(out):
     "Each of three sizes by itself; what it multiplies is in `per`."
     found = {}
     cases = dict(rays=[(28, angles, 32) for angles in (10, 20, 40, 80, 160)], pixels=[(size, 20, 16) for size in (32, 64, 128, 256)],
-                 weights=[(28, 20, channels) for channels in (8, 16, 32, 64)])
+                 weights=[(28, 20, channels) for channels in (8, 16, 32, 64, 128)])
     for name, sizes in cases.items():
         rows = []
         for size, angles, channels in sizes:
-            lin = small(walnut(size), angles, 41, channels, iterations=50)
+            lin = small(walnut(size), angles, 41, channels, iterations=50, norm=name == "weights")
             rows.append(fit(lin, "joint", one_block(lin), lin.recon.scan.noise_std)[1])
             rows[-1]["seconds_evaluation"] = rows[-1]["seconds_evidence"] / rows[-1]["evaluations"]
             print(name, rows[-1], flush=True)
@@ -103,27 +103,28 @@ def growth(out):
     return found
 
 
-def lowrank128(out, ranks=(100, 200, 400, 800)):
+def lowrank128(out, ranks=(200, 400, 500, 600)):
     turn = np.linspace(0, 2 * np.pi, 30, endpoint=False)
     scan = simulate(walnut(128), fan_beam(turn, (128, 128), 140, 1.4, 384, 192), 0.05).hold_out(5)
     lin = Linearization(reconstruct(scan, UNet(), iterations=300, stop="heldout", learning_rate=2e-3, progress=False))
-    laps = Laps()
-    svd = jacobian_svd(lin, fitted_first(lin)[0], tolerance=1e-3, power=0, rank=max(ranks))
-    laps("svd")
     exact, figures = fit(lin, "conditional", one_block(lin), scan.noise_std)
-    p, bases = np.log([*exact.prior.variance.values(), *exact.prior.length.values()]), {}
+    model, bases = exact.model, {}
+    total, joint = float(model.grams["all"][1][0].trace()), maximise(model, "joint", scan.noise_std)
+    def true_value(found): # the exact log evidence of what a basis found
+        p = np.log([*found.prior.variance.values(), *found.prior.length.values()])
+        return -value_and_gradient(p, model, scan.noise_std, OBJECTIVES[found.objective](model))[0]
     for rank in ranks:
-        rest = math.sqrt(float(svd.S[rank:].square().sum() / svd.S.square().sum()) * (1 - svd.error**2) + svd.error**2)
-        began = perf_counter()
-        model = Model.build(lin, svd=SVD(svd.U[:, :rank], svd.S[:rank], svd.Vh[:rank], rest, 0))
-        found = maximise(model, "conditional", scan.noise_std)
-        at = -value_and_gradient(p, model, scan.noise_std, OBJECTIVES["conditional"](model))[0]
-        bases[rank] = dict(tail=rest, evidence=found.value, evidence_at_exact_optimum=at, variance=found.prior.variance,
-                           length=found.prior.length, seconds_fit=perf_counter() - began,
-                           seconds_svd=laps.seconds["seconds_svd"] * rank / len(svd.S))
-        seconds = bases[rank]["seconds_fit"] + bases[rank]["seconds_svd"]
-        bases[rank] |= dict(seconds_total=seconds, ratio=seconds / figures["seconds_total"])
-    return dict(exact=figures, bases=bases)
+        laps = Laps()
+        found = fit_evidence(lin, "conditional", progress=False, method="low rank", rank=rank)
+        laps("total")
+        left = sum(n * float(g[0]) for (n, _), g in zip(found.model.outside, found.model.unseen))
+        low = maximise(found.model, "joint", scan.noise_std)
+        bases[rank] = dict(tail=math.sqrt(left / total), evidence=found.value, exact_evidence_there=true_value(found),
+                           variance=found.prior.variance, length=found.prior.length, parts=found.seconds, **laps.seconds,
+                           ratio=laps.seconds["seconds_total"] / figures["seconds_total"],
+                           joint=low.value, exact_joint_there=true_value(low), joint_neglected=low.neglected)
+        print(rank, bases[rank], flush=True)
+    return dict(exact=figures | dict(joint=joint.value), bases=bases)
 
 
 def toy():
@@ -156,7 +157,7 @@ def half(out):
     lin.tapped = lambda taps: plain(taps).float()
     p = np.append(log_parameters(exact, None)[0][:2] - [3, 0], math.log(lin.recon.scan.noise_std**2))
     for tolerance in (0.1, 0.01):
-        rough = Model.build(lin, svd=jacobian_svd(lin, fitted_first(lin)[0], tolerance=tolerance, power=0))
+        rough = Model.build(lin, draws=draw_rays(lin, tolerance)[0])
         for name, objective in OBJECTIVES.items():
             true = value_and_gradient(p, exact, None, objective(exact))[0]
             for dtype in (torch.float32, torch.float16, torch.bfloat16):

@@ -94,7 +94,7 @@ class Posterior:
         if basis: tensors |= {"basis.rows": self.model.rows, "basis.fitted": basis[0], "basis.held_out": basis[1]}
         kept = "noise_std", "value", "objective", "evaluations", "seconds", "method", "history"
         found = dict(evidence={k: getattr(self.evidence, k) for k in kept}, prior=asdict(self.evidence.prior),
-                     scale=self.scale, tail=self.model.tail)
+                     scale=self.scale)
         save_tensors(path, tensors, about | dict(posterior=found))
 
     @classmethod
@@ -111,7 +111,7 @@ class Posterior:
         basis = {k: v.to(device) for k, v in named(tensors, "basis.").items()}
         rows = basis["rows"] if basis else lin.rows(fitted_first(lin)[0], progress=progress)
         prior, basis = FilterPrior(**about["prior"]), (basis["fitted"], basis["held_out"]) if basis else None
-        model = Model.of(lin, prior.blocks, rows, basis, about["tail"])
+        model = Model.of(lin, prior.blocks, rows, basis)
         return cls(Evidence(model, prior, **about["evidence"]), about["scale"])
 
     def predict(self, operator: LinearOperator) -> tuple[Tensor, Tensor]: # mean range_shape, covariance (d, d)

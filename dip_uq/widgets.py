@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from .calibration import coverage, held_out_errors, z_std
 from .data import Scan, _whole
 from .dip import Reconstruction, Run, descend, first_guess, psnr
-from .evidence import Model, conditional_objective, log_parameters, noise_nll, value_and_gradient
+from .evidence import Model, conditional_objective, log_parameters, value_and_gradient, white_nll
 from .linearization import Linearization, block_distances
 from .networks import fresh, seeded
 from .operators import RayTransform, fbp, field_of_view
@@ -192,6 +192,7 @@ class Landscape:
     rays: Tensor # eigenvalues for all rays (L, n), float64
     energy: Tensor # squares of (0, r_h) along their eigenvectors (L, n)
     fitted: Tensor # eigenvalues for the fitted rays (L, t)
+    beyond: Tensor # variance of the held-out rays in each direction that a basis leaves out (L, 1)
 
     @classmethod
     def build(cls, model: Model, lengths: np.ndarray) -> "Landscape":
@@ -200,9 +201,11 @@ class Landscape:
         t, r, found = model.training, model.residual.clone(), []
         r[:t] = 0
         for length in lengths:
-            G = model.covariance(model.weights(r.new_ones(1).cpu(), r.new_full((1,), length).cpu()), 0.0)
+            weights = model.weights(r.new_ones(1).cpu(), r.new_full((1,), length).cpu())
+            G = model.covariance(weights, 0.0)
             eigenvalues, V = torch.linalg.eigh(G)
-            found.append((eigenvalues.clamp(min=0), (V.T @ r).square(), torch.linalg.eigvalsh(G[:t, :t]).clamp(min=0)))
+            found.append((eigenvalues.clamp(min=0), (V.T @ r).square(), torch.linalg.eigvalsh(G[:t, :t]).clamp(min=0),
+                          model.spread(1, weights, r.new_zeros(1))))
         return cls(model, np.asarray(lengths), *(torch.stack(part).cpu() for part in zip(*found)))
 
     def value(self, variance: np.ndarray, noise_std: float) -> np.ndarray: # σ² (V,) → (L, V)
@@ -211,7 +214,7 @@ class Landscape:
         all, given = spread(self.rays), spread(self.fitted)
         count = all.shape[-1] - given.shape[-1]
         nll = (self.energy[:, None] / all + all.log()).sum(-1) - given.log().sum(-1) + count * math.log(2 * math.pi)
-        return (-0.5 * nll - noise_nll(*self.model.outside[1], nll.new_tensor(noise_std**2))).numpy()
+        return (-0.5 * nll - white_nll(*self.model.outside[1], spread(self.beyond)[..., 0])).numpy()
 
 def optimiser_path(model: Model, noise_std: float) -> np.ndarray: # (steps, 2): σ² and ℓ
     "Where L-BFGS-B passes through on its way in `fit_evidence`, start and end included."
