@@ -433,7 +433,7 @@ def draw_rays(lin: Linearization,
     is estimated from fresh draws.
     """
     operator, r, _ = fitted_first(lin)
-    bytes_each = 2 * lin.parameters * lin.recon.z.element_size() # rows of AJ, for fitted and for held-out rays
+    bytes_each = 4 * lin.parameters * lin.recon.z.element_size() # a row for fitted, one for held-out rays, work space
     rank = min(rank or max(1, int(0.5 * psutil.virtual_memory().available / bytes_each)), len(r))
     push, generator = lin.pushforward(block), torch.Generator().manual_seed(seed)
     draws = Q = r.new_empty(len(r), 0)
