@@ -1,29 +1,32 @@
 """Whose error bars can be believed? The experiment of arXiv:2203.00479 on the images of KMNIST.
 
-    python benchmarks/kmnist.py --out kmnist.jsonl [--images 10] [--angles 5 10 20 30] [--noise 0.05 0.1] [--workers N]
-                                 [--methods constant dropout mll tv-map solve carried] [--iterations 600]
+    python benchmarks/kmnist.py --out kmnist.jsonl [--images 10] [--angles 5 10 20 30] [--noise 0.05 0.1]
+                                [--methods constant dropout mll tv-map solve carried] [--iterations 600] [--workers N]
 
-28² pixels, parallel beam, 41 rays in a projection; a U-Net of 76.6 k weights: 3 scales × 32 channels, no normalisation, sigmoid.
-Needs kmnist/kmnist_test_first50.npz in the folder DIP_UQ_DATA. One line of JSON for each image, setting and method, and all
-settings of an image before the next image; called again with the same file it goes on where it stopped, and prints the tables.
+28² pixels, parallel beam, 41 rays in a projection; a U-Net of 76.6 k weights: 3 scales × 32 channels, no normalisation,
+sigmoid. Needs kmnist/kmnist_test_first50.npz in the folder DIP_UQ_DATA. One line of JSON for each image, setting and
+method, and all settings of an image before the next image; called again with the same file it goes on where it stopped,
+and prints the tables.
 
 constant       the image of DIP, and one number for all bars: the best one, which only the truth can tell
-constant-rays  the image of DIP without the projections that are held out, and one number for all bars, which these tell
+constant-rays  the image of DIP without the projections that are held out, and one number for all bars from these
 dropout        MC dropout, 5 % of the features, 1024 samples
-mll            linearised DIP; a variance and a length for each block and the noise by the paper's objective
-tv-map         the same with the TV prior over the lengths
-joint          the same without it, by the joint evidence; not among the defaults
-solve          `solve`: one variance and one length by the conditional evidence, and the correction by held-out rays
-solve-raw      the same without the correction
+mll            linearised DIP; the noise, and a variance and a length for each block, by the paper's objective
+tv-map         as mll, with the TV prior over the lengths
+joint          as mll, by the joint evidence; not among the defaults
+solve          `solve`: one variance and one length by the conditional evidence, corrected by the held-out rays
+solve-raw      as solve, without the correction
 carried        the variance and the length that `solve` chose, for the image of DIP from all projections
 
-`angles` is the budget of every method: what is held out comes out of it. All fits have the learning rate of `solve`; those to all
-projections stop as soon as the data error is that of the noise, those that hold out take the best iterate by these.
+`angles` is the budget of every method: what is held out comes out of it. All fits have the learning rate of `solve`.
+Those to all projections stop as soon as the data error is that of the noise, the others take the iterate that is best
+on what they hold out.
 
-A network that ends in a sigmoid has pixels without any slope, whose bars are zero: see `floor`, which is added to the variances of
-all methods but the constant ones (as in the paper), before they are scored. z-uncertain is the z-std of the pixels whose bars
-are longer than that without it; blind is the share of pixels that err by more than four floors and have bars below one.
-Seconds are processor time; what methods share counts for the first of them.
+A network that ends in a sigmoid has pixels without any slope, whose bars are zero: see `floor`, which is added to all
+variances but the constant ones before they are scored. z_uncertain is the z-std of the pixels whose bars are longer
+than the floor; blind is the share of pixels that have shorter ones and err by more than four floors. below_tv_map is
+how much lower the log likelihood is than that of tv-map on the same scan. Seconds are processor time; what methods
+share counts for the first of them.
 """
 import argparse
 import json
@@ -63,7 +66,7 @@ def image(index):
 
 
 def floor(scan):
-    "σ_y² mean diag (AᵀA)⁺, by the 100 largest singular values as the paper's code has it: noise as seen by a pixel."
+    "Noise as seen by a pixel: σ_y² mean diag (AᵀA)⁺, by the 100 largest singular values as in the paper's code."
     singular = torch.linalg.svdvals(torch.from_numpy(scan.operator.matrix.toarray()).double())[:100]
     return scan.noise_std**2 * float((1 / singular**2).sum()) / scan.operator.matrix.shape[1]
 
@@ -83,7 +86,8 @@ class Case:
 
     @cached_property
     def lin(self):
-        return Linearization(self.timed("dip", reconstruct, self.scan, self.net, stop="discrepancy", progress=False, **self.fit))
+        fit = dict(stop="discrepancy", progress=False, **self.fit)
+        return Linearization(self.timed("dip", reconstruct, self.scan, self.net, **fit))
 
     @cached_property
     def model(self): return self.timed("jacobian", Model.build, self.lin, shared=False)
@@ -99,11 +103,11 @@ class Case:
     def solved(self): return self.timed("posterior", self.solution.posterior.predict, PIXELS)
 
     def constant(self):
-        x = self.lin.recon.image
-        return x, (x - self.scan.truth).square().mean() * torch.eye(x.numel()), dict(iteration=self.lin.recon.settings["iteration"])
+        x, settings = self.lin.recon.image, self.lin.recon.settings
+        return x, (x - self.scan.truth).square().mean() * torch.eye(x.numel()), dict(iteration=settings["iteration"])
 
     def constant_rays(self):
-        "mean r_h² = σ_y² + s² mean ‖a_h‖² for independent errors of the pixels; what is too small to be seen counts as noise."
+        "mean r_h² = σ_y² + s² mean ‖a_h‖² for independent errors of the pixels; s² is at least what would be seen."
         recon, noise = self.solution.recon, self.scan.noise_std**2
         rest = recon.scan.validation
         r = rest.operator(recon.image) - rest.measurement
@@ -119,10 +123,12 @@ class Case:
         model, prior = self.model, self.tv if tv else None
         found = self.timed("evidence", maximise, model, objective, None, tv=prior)
         hyper = [*found.prior.variance.values(), *found.prior.length.values(), found.noise_std**2]
-        at_bound = [min(abs(math.log(h) - b) for b in ends) < 0.01 for h, ends in zip(hyper, log_parameters(model, None)[1])]
+        bounds = log_parameters(model, None)[1]
+        at_bound = [min(abs(math.log(h) - end) for end in ends) < 0.01 for h, ends in zip(hyper, bounds)]
         middle, C = self.timed("posterior", Posterior(found).predict, PIXELS)
-        return middle.view(28, 28), C, dict(variance=found.prior.variance, length=found.prior.length, at_bound=sum(at_bound),
-                                            noise_ratio=found.noise_std / self.scan.noise_std)
+        more = dict(variance=found.prior.variance, length=found.prior.length, at_bound=sum(at_bound),
+                    noise_ratio=found.noise_std / self.scan.noise_std)
+        return middle.view(28, 28), C, more
 
     def solve(self, corrected):
         (middle, C), check, posterior = self.solved, self.solution.check, self.solution.posterior
@@ -139,16 +145,19 @@ class Case:
 
 
 METHODS = {"constant": Case.constant, "constant-rays": Case.constant_rays, "dropout": Case.dropout,
-           "mll": partial(Case.linearised, objective="paper"), "tv-map": partial(Case.linearised, objective="paper", tv=True),
+           "mll": partial(Case.linearised, objective="paper"),
+           "tv-map": partial(Case.linearised, objective="paper", tv=True),
            "joint": partial(Case.linearised, objective="joint"),
-           "solve": partial(Case.solve, corrected=True), "solve-raw": partial(Case.solve, corrected=False), "carried": Case.carried}
+           "solve": partial(Case.solve, corrected=True), "solve-raw": partial(Case.solve, corrected=False),
+           "carried": Case.carried}
 
 
 def patch_density(C, error, size):
     "log N(error; 0, C) per pixel of square patches, mean over the patches."
     where = patches_of(torch.arange(error.numel()).view(1, *error.shape), size)[:, 0]
     e = error.flatten().double()[where]
-    return float(MultivariateNormal(torch.zeros_like(e), C[where[:, :, None], where[:, None]]).log_prob(e).mean()) / size**2
+    of_patches = MultivariateNormal(torch.zeros_like(e), C[where[:, :, None], where[:, None]])
+    return float(of_patches.log_prob(e).mean()) / size**2
 
 
 def scores(middle, C, truth, least):
@@ -158,8 +167,8 @@ def scores(middle, C, truth, least):
     C = (C + C.T) / 2 + (least + 1e-9) * torch.eye(len(C))
     std, root = C.diagonal().view(truth.shape).clamp(min=1e-9).sqrt(), max(least, 1e-9)**0.5
     uncertain = raw > root**2
-    return dict(log_likelihood=log_likelihood(error, std), z=z_std(error, std), coverage95=coverage(error, std), crps=crps(error, std),
-                psnr=psnr(middle, truth), uncertain=float(uncertain.float().mean()),
+    return dict(log_likelihood=log_likelihood(error, std), z=z_std(error, std), coverage95=coverage(error, std),
+                crps=crps(error, std), psnr=psnr(middle, truth), uncertain=float(uncertain.float().mean()),
                 z_uncertain=z_std(error[uncertain], std[uncertain]) if uncertain.any() else None,
                 blind=float((~uncertain & (error.abs() > 4 * root)).float().mean()),
                 log_likelihood_2=patch_density(C, error, 2), log_likelihood_10=patch_density(C, error, 10))
@@ -178,14 +187,22 @@ def run(task):
     return lines
 
 
+def compare(lines):
+    "Add to each line how far its log likelihood is below that of tv-map on the same scan, or None."
+    def scan(d): return d["image"], d["angles"], d["noise"]
+    best = {scan(d): d["log_likelihood"] for d in lines if d["method"] == "tv-map"}
+    return [d | dict(below_tv_map=best[scan(d)] - d["log_likelihood"] if scan(d) in best else None) for d in lines]
+
+
 def table(lines, settings, names, key):
     "Mean and standard error over the images."
     def cell(name, setting):
-        found = [d[key] for d in lines if (d["angles"], d["noise"], d["method"]) == (*setting, name) and d[key] is not None]
+        found = [d[key] for d in lines if (d["angles"], d["noise"], d["method"]) == (*setting, name)]
+        found = [value for value in found if value is not None]
         if not found: return "–"
-        return f"{mean(found):.2f}" + (f" ± {stdev(found) / len(found)**0.5:.2f}" if len(found) > 1 else "")
-    print(f"\n{key}\n\n| method | " + " | ".join(f"{a} angles, {p:.0%}" for a, p in settings) + " |\n" + "|---" * (1 + len(settings)) + "|")
-    for name in names: print(f"| {name} | " + " | ".join(cell(name, s) for s in settings) + " |")
+        return f"{mean(found):.3f}" + (f" ± {stdev(found) / len(found)**0.5:.3f}" if len(found) > 1 else "")
+    print(f"\n{key}\n\n| projections, noise | " + " | ".join(names) + " |\n" + "|---" * (1 + len(names)) + "|")
+    for a, p in settings: print(f"| {a}, {p:.0%} | " + " | ".join(cell(name, (a, p)) for name in names) + " |")
 
 
 def seconds(lines, names):
@@ -200,7 +217,7 @@ def seconds(lines, names):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--images", type=int, default=10, choices=range(1, 51), metavar="N", help="the first N, at most 50")
+    parser.add_argument("--images", type=int, default=10, choices=range(1, 51), metavar="N", help="the first N")
     parser.add_argument("--angles", nargs="+", type=int, default=[5, 10, 20, 30])
     parser.add_argument("--noise", nargs="+", type=float, default=[0.05, 0.1])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=[m for m in METHODS if m != "joint"])
@@ -220,10 +237,10 @@ def main():
             lines += found
         pool.close()
         pool.join()
-    shown = [d for d in lines if d["iterations"] == args.iterations and d["image"] < args.images]
+    shown = compare([d for d in lines if d["iterations"] == args.iterations and d["image"] < args.images])
     print(f"{len({d['image'] for d in shown})} images, at most {args.iterations} iterations")
-    for key in ("log_likelihood", "log_likelihood_2", "log_likelihood_10", "z", "z_uncertain", "blind", "coverage95", "crps", "psnr"):
-        table(shown, settings, args.methods, key)
+    for key in ("log_likelihood", "below_tv_map", "log_likelihood_2", "log_likelihood_10", "z", "z_uncertain", "blind",
+                "coverage95", "crps", "psnr"): table(shown, settings, args.methods, key)
     seconds(shown, args.methods)
 
 

@@ -28,19 +28,21 @@ def kmnist():
 def test_kmnist_goes_on_where_it_stopped(tmp_path):
     out = tmp_path / "kmnist.jsonl"
     def run(*methods):
-        done = subprocess.run([sys.executable, SCRIPT, "--out", out, "--images", "1", "--angles", "5", "--noise", "0.1",
-                               "--iterations", "20", "--workers", "1", "--methods", *methods], capture_output=True, text=True)
+        part = "--images 1 --angles 5 --noise 0.1 --iterations 20 --workers 1 --methods".split()
+        done = subprocess.run([sys.executable, SCRIPT, "--out", out, *part, *methods], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return out.read_text().splitlines(), done.stdout
     first, _ = run("constant", "mll")
     more, tables = run("constant", "mll", "constant-rays")
     assert more[:2] == first and len(more) == 3  # nothing is computed twice
     lines = {d["method"]: d for d in map(json.loads, more)}
-    d = lines["constant"]  # of a digit between 0 and 1, so that PSNR is −20 log10 of the root mean square error
-    assert d["log_likelihood"] == pytest.approx(d["psnr"] * math.log(10) / 20 - 0.5 * math.log(2 * math.pi) - 0.5, abs=1e-4)
+    d = lines["constant"]  # of an image between 0 and 1, so that PSNR is −20 log10 of the root mean square error
+    expected = d["psnr"] * math.log(10) / 20 - 0.5 * math.log(2 * math.pi) - 0.5
+    assert d["log_likelihood"] == pytest.approx(expected, abs=1e-4)
     assert d["z"] == pytest.approx(1, abs=1e-4)
     assert lines["mll"]["psnr"] == d["psnr"] and lines["mll"]["log_likelihood"] != d["log_likelihood"]
-    assert f"| mll | {lines['mll']['log_likelihood']:.2f} |" in tables
+    shown = [f"{lines[m]['log_likelihood']:.3f}" for m in ("constant", "mll", "constant-rays")]
+    assert f"| 5, 10% | {' | '.join(shown)} |" in tables
 
 
 def test_density_of_patches(kmnist):
@@ -57,4 +59,4 @@ def test_density_of_patches(kmnist):
 def test_a_table_holds_mean_and_standard_error(kmnist, capsys):
     lines = [dict(angles=5, noise=0.05, method="mll", z=z) for z in (1.0, 2.0, 4.5)]
     kmnist.table(lines, [(5, 0.05), (10, 0.05)], ["mll"], "z")
-    assert "| mll | 2.50 ± 1.04 | – |" in capsys.readouterr().out
+    assert "| 5, 5% | 2.500 ± 1.041 |\n| 10, 5% | – |" in capsys.readouterr().out
