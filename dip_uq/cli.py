@@ -45,8 +45,8 @@ def parser() -> argparse.ArgumentParser:
                                description="Reconstruct a scan from a file, with error bars.",
                                epilog=cleandoc(load_scan.__doc__).split("\n\n")[1])
     file.add_argument("scan", metavar="SCAN", help=".npz in the layout below, or htc2022_…_full.mat")
-    file.add_argument("--bins", type=int, help="detector pixels after averaging (default all in .npz; in .mat as many as "
-                                               "fit the image size)")
+    file.add_argument("--bins", type=int, help="detector pixels after averaging (default all in .npz, in .mat as "
+                                               "many as fit the image size)")
     commands.add_parser("info", help="versions, machine and data folder, for a bug report",
                         description="Print versions, machine and data folder, for a bug report.")
     teach = commands.add_parser("pretrain", help="teach a network on synthetic scans, in about five minutes",
