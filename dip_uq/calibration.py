@@ -215,7 +215,8 @@ def langevin(scan: Scan, net: nn.Module | None = None, steps: int = 1000, rate: 
     recon, images = reconstruct(scan, net, seed=seed, progress=False, **fit), []
     generator = torch.Generator().manual_seed(seed)
     weights, fitted = [p.requires_grad_() for p in recon.net.parameters()], recon.scan.training
-    strength, squares = tv_strength(recon, scan.noise_std) if recon.settings["tv"] else 0.0, [torch.zeros(())] * len(weights)
+    strength = tv_strength(recon, scan.noise_std) if recon.settings["tv"] else 0.0
+    squares = [torch.zeros(())] * len(weights)
     for i in range(steps):
         x = recon.scale * picture(recon.net, recon.z)
         error = (fitted.operator(x) - fitted.measurement).square().sum() / (2 * scan.noise_std**2)
