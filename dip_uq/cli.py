@@ -45,7 +45,8 @@ def parser() -> argparse.ArgumentParser:
                                description="Reconstruct a scan from a file, with error bars.",
                                epilog=cleandoc(load_scan.__doc__).split("\n\n")[1])
     file.add_argument("scan", metavar="SCAN", help=".npz in the layout below, or htc2022_…_full.mat")
-    file.add_argument("--bins", type=int, help="detector pixels after averaging (default: .npz all, .mat fitting)")
+    file.add_argument("--bins", type=int, help="detector pixels after averaging (default all in .npz, in .mat as "
+                                               "many as fit the image size)")
     commands.add_parser("info", help="versions, machine and data folder, for a bug report",
                         description="Print versions, machine and data folder, for a bug report.")
     teach = commands.add_parser("pretrain", help="teach a network on synthetic scans, in about forty minutes",
@@ -57,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
     for p, size, iterations, scales, channels in ((demo, 96, 600, 4, 16), (file, None, 1000, 5, 32),
                                                   (teach, 64, 20_000, 4, 16)):
         p.add_argument("--size", type=int, default=size,
-                       help=f"pixels along each side of the image (default {size or 'as in .npz, 128 for .mat'})")
+                       help=f"pixels on each side of the image (default {size or 'as in .npz, 128 in .mat'})")
         educated = "" if p is teach else f", educated {FINE['iterations']}"
         p.add_argument("--iterations", type=int, help=f"steps of Adam (default {iterations}{educated})")
         p.add_argument("--scales", type=int, default=scales, help="resolutions of the U-Net (default %(default)s)")
