@@ -542,7 +542,8 @@ class Correction:
         prior = prior_of(self.model, variance, length)
         weights = self.model.weights(variance, length)
         K = self.model.covariance(weights, noise)
-        spread = torch.cat([self.model.spread(h, weights, noise).expand(len(W)) for h, W in enumerate(self.model.basis)])
+        halves = enumerate(self.model.basis)
+        spread = torch.cat([self.model.spread(half, weights, noise).expand(len(W)) for half, W in halves])
         found = [(sign, *self.term(W, r, K, spread[:len(W), None].to(K), prior, noise)) for sign, W, r in self.terms]
         return sum(sign * value for sign, value, _ in found), sum(sign * slopes for sign, _, slopes in found)
 
