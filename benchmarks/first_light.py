@@ -1,7 +1,8 @@
 """How fast the path from scan to error bars is, as ratios to baselines measured in the same run.
 
-python benchmarks/first_light.py [--case dip|rows|evidence] [--out FILE]
+python benchmarks/first_light.py [--case products|dip|rows|evidence] [--out FILE]
 
+products: the ray transform against SciPy's product with its matrix, and 64 images at once against 64 single ones
 dip:      one step of `reconstruct` against a bare PyTorch loop over the same network, operator and loss
 rows:     rows of AJ per second against torch.func's vmap(vjp), its best chunk; share of measured sgemm, and the ratio
           that rows at the speed of sgemm would have
@@ -133,12 +134,23 @@ def evidence(angles=(12, 18, 30, 48, 72, 96), bins=42, repeats=3):
                 exponent_largest=float(np.polyfit(np.log(sizes[-3:]), np.log(times[-3:]), 1)[0]))
 
 
-CASES = dict(dip=dip, rows=rows, evidence=evidence)
+def products(repeats=25):
+    began = perf_counter()
+    A, x, batch = scan().operator, torch.rand(128, 128), torch.rand(64, 128, 128)
+    matrix, built = A.matrix.astype(np.float32), perf_counter() - began
+    works = dict(ours=lambda: A(x), scipy=lambda: matrix @ x.numpy().ravel(), batch=lambda: A(batch))
+    for work in works.values(): work()
+    times = {name: median(seconds(work) for _ in range(repeats)) for name, work in works.items()}
+    return dict(seconds_scan=built, **{f"seconds_{k}": v for k, v in times.items()}, ratio=times["ours"] / times["scipy"],
+                ratio_batch=times["batch"] / 64 / times["ours"])
+
+
+CASES = dict(products=products, dip=dip, rows=rows, evidence=evidence)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", choices=CASES, action="append", help="one of the three; all by default")
+    parser.add_argument("--case", choices=CASES, action="append", help="one of the four; all by default")
     parser.add_argument("--out", type=Path, help="write the JSON here as well")
     args = parser.parse_args()
     found = dict(threads=torch.get_num_threads(), torch=torch.__version__)

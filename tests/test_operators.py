@@ -2,7 +2,6 @@
 speed."""
 
 import os
-import time
 from fractions import Fraction
 from pathlib import Path
 
@@ -252,35 +251,6 @@ def test_measured_scan_has_the_published_orientation():
     def correlation(x): return np.corrcoef(x.ravel(), published.ravel())[0, 1]
     assert correlation(image) > .99
     assert max(map(correlation, (image[::-1], image[:, ::-1], image.T, image[::-1, ::-1]))) < .9
-
-
-def fastest(function, repeats=15):
-    function()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
-@pytest.fixture
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def test_speed(one_thread):
-    "4,200 rays through 128 x 128 pixels within a second; products as fast as SciPy's (it took 0.1 s and 1.0 times)."
-    angles = np.arange(30) * 2 * np.pi / 30
-    assert fastest(lambda: fan_beam(angles, (128, 128), 140, .8, 410.66, 143.08, .5932), 3) < 1
-    A = fan_beam(angles, (128, 128), 140, .8, 410.66, 143.08, .5932)
-    matrix, x = A.matrix.astype(np.float32), torch.rand(128, 128)
-    assert fastest(lambda: A(x)) < 3 * fastest(lambda: matrix @ x.numpy().ravel())
-    batch = torch.rand(64, 128, 128)
-    assert fastest(lambda: A(batch), 5) < 64 * fastest(lambda: A(x))
 
 
 def test_cgls_on_a_singular_problem_stays_finite():
