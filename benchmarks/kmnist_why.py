@@ -3,9 +3,9 @@
     python benchmarks/kmnist_why.py [--image 0] [--angles 5] [--noise 0.05] [--iterations 600]
                                     [--changes hyperparameters sigmoid pixels]
 
-hyperparameters   MLL and TV-MAP as they are; with the true noise; with the way of the weights from their random start in
-                  place of the weights; in a box with 100 times the largest variance and a tenth of the shortest length;
-                  and the joint evidence
+hyperparameters   MLL and TV-MAP as they are; with the true noise; with the way of the weights from their random start
+                  in place of the weights; in a box with 100 times the largest variance and a tenth of the shortest
+                  length; and the joint evidence
 sigmoid           the same network without a sigmoid at its end, so that no pixel is blind
 pixels            `solve` with independent errors of the pixels, of one variance, beside those of the network: the
                   held-out rays choose it. No floor is added then
@@ -29,7 +29,8 @@ from dip_uq.posterior import Posterior
 def show(name, case, middle, C, least=None, **more):
     s = scores(middle.view(28, 28), C, case.scan.truth, floor(case.scan) if least is None else least)
     print(f"{name:30} log likelihood {s['log_likelihood']:7.2f}, z {s['z']:5.2f} ({s['z_uncertain']:5.2f}), "
-          f"blind {s['blind']:.3f}, PSNR {s['psnr']:5.2f}", *(f"{k} {v:.3g}" for k, v in more.items()), sep=", ", flush=True)
+          f"blind {s['blind']:.3f}, PSNR {s['psnr']:5.2f}", *(f"{k} {v:.3g}" for k, v in more.items()), sep=", ",
+          flush=True)
 
 
 def fitted(name, case, evidence, **more):
