@@ -76,7 +76,7 @@ class Case:
     def __init__(self, index, angles, noise, iterations):
         A = parallel_beam(np.linspace(0, np.pi, angles, endpoint=False), (28, 28), 41)
         self.scan, self.net, self.seconds = simulate(image(index), A, noise, seed=index), UNet(3, 32, norm=False), {}
-        self.fit = dict(iterations=iterations, learning_rate=2e-3)
+        self.settings, self.fit = (index, angles, noise, iterations), dict(iterations=iterations, learning_rate=2e-3)
 
     def timed(self, step, work, *args, **options):
         began = process_time()
