@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PHANTOMS', 'CHECKS', 'SHIPPED', 'FINE', 'TRAINED', 'disks', 'fan_scanner', 'fan_scanners', 'Pairs', 'running_mean',
            'Course', 'lessons', 'pretrain', 'Pretrained', 'SingularValues', 'conv_layers', 'trained', 'plain',
-           'fine_tune', 'acceleration', 'draw_acceleration']
+           'fine_tune', 'acceleration', 'best_checkpoint', 'draw_acceleration']
 
 # %% ../nbs/04_pretraining.ipynb #04a00003
 import copy
@@ -324,6 +324,13 @@ def acceleration(runs: Mapping[str, ArrayLike], # name → PSNR histories (runs,
     return [dict(name=name, runs=len(np.atleast_2d(runs[name])), steady=steady[name],
                  overfitting=float(m.max()) - steady[name],
                  rise=int(reached[name].argmax()) + 1 if reached[name].any() else None) for name, m in medians.items()]
+
+def best_checkpoint(rows: Sequence[Mapping], # of `acceleration`, a name for each checkpoint
+                    within: float = 0.25, # dB below the best steady PSNR that are good enough
+                   ) -> Mapping:
+    "The row to take: of those whose steady PSNR is good enough, that of the shortest rise time (Barbano et al. 2021)."
+    best = max(row["steady"] for row in rows)
+    return min((row for row in rows if row["steady"] >= best - within), key=lambda row: row["rise"] or float("inf"))
 
 def draw_acceleration(runs: Mapping[str, ArrayLike], reference: str, title: str = "") -> Figure:
     "Median PSNR over the iterations, with the band of its middle 80 %, and the level that `reference` ends on."
