@@ -17,6 +17,7 @@ joint          as mll, by the joint evidence; not among the defaults
 solve          `solve`: one variance and one length by the conditional evidence, corrected by the held-out rays
 solve-raw      as solve, without the correction
 carried        the variance and the length that `solve` chose, for the image of DIP from all projections
+carried-scaled as carried, with the correction of `solve`
 
 `angles` is the budget of every method: what is held out comes out of it. All fits have the learning rate of `solve`.
 Those to all projections stop as soon as the data error is that of the noise, the others take the iterate that is best
@@ -137,11 +138,15 @@ class Case:
                     correction=check.correction, iteration=self.solution.recon.settings["iteration"])
         return middle.view(28, 28), C if corrected else C / posterior.scale**2, more
 
-    def carried(self):
+    @cached_property
+    def carried_over(self):
         chosen, b = self.solution.posterior.evidence, len(self.model.blocks)
         prior = prior_of(self.model, *([*h.values()] * b for h in (chosen.prior.variance, chosen.prior.length)))
-        middle, C = self.timed("posterior", Posterior(replace(chosen, model=self.model, prior=prior)).predict, PIXELS)
-        return middle.view(28, 28), C, {}
+        return self.timed("posterior", Posterior(replace(chosen, model=self.model, prior=prior)).predict, PIXELS)
+
+    def carried(self, corrected):
+        middle, C = self.carried_over
+        return middle.view(28, 28), C * self.solution.check.correction**2 if corrected else C, {}
 
 
 METHODS = {"constant": Case.constant, "constant-rays": Case.constant_rays, "dropout": Case.dropout,
@@ -149,7 +154,7 @@ METHODS = {"constant": Case.constant, "constant-rays": Case.constant_rays, "drop
            "tv-map": partial(Case.linearised, objective="paper", tv=True),
            "joint": partial(Case.linearised, objective="joint"),
            "solve": partial(Case.solve, corrected=True), "solve-raw": partial(Case.solve, corrected=False),
-           "carried": Case.carried}
+           "carried": partial(Case.carried, corrected=False), "carried-scaled": partial(Case.carried, corrected=True)}
 
 
 def patch_density(C, error, size):

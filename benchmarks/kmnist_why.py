@@ -11,7 +11,7 @@ pixels            `solve` with independent errors of the pixels, of one variance
                   held-out rays choose it. No floor is added then
 
 One line each: log likelihood per pixel, z of all pixels and of those with bars above the floor, share of blind pixels,
-PSNR. Of the correction by held-out rays also the standard error that its factor has where the bars are right.
+PSNR. Of the correction by held-out rays also the standard error of its factor.
 """
 import argparse
 import math
@@ -92,9 +92,7 @@ def predict_with_pixels(evidence):
 
 def pixels(case):
     evidence, check = case.solution.posterior.evidence, case.solution.check
-    P, noise = evidence.held_out_covariance, case.scan.noise_std**2
-    spread = torch.linalg.matrix_norm(P + noise * torch.eye(len(P))) / P.trace()
-    fitted("solve-raw", case, evidence, scale=check.scale, error=check.scale_error, error_at_1=float(spread) / 2**0.5)
+    fitted("solve-raw", case, evidence, scale=check.scale, error=check.scale_error)
     wider = maximise(with_pixels(evidence.model), "conditional", case.scan.noise_std)
     more = dict(pixel_std=wider.prior.variance["pixels"]**0.5, gain=wider.value - evidence.value)
     show("solve-raw with pixels, no floor", case, *predict_with_pixels(wider), 0.0, **more)

@@ -47,7 +47,7 @@ class HeldOutCheck:
     z_std: float # of the held-out residuals, under the predicted variance plus noise
     coverage95: float # share of them inside their 95 % interval
     scale: float # s, multiplies the standard deviation of the image so that the mean square of the residuals is met
-    scale_error: float # standard error of s, from the predicted correlations of the rays
+    scale_error: float # standard error of s where the bars are right, from the predicted correlations of the rays
 
     @property
     def correction(self) -> float:
@@ -73,8 +73,7 @@ def check_held_out(evidence: Evidence) -> HeldOutCheck:
     surplus = max(float(r.square().mean()) - noise, min(noise * math.sqrt(2 / len(r)), predicted))
     scale = math.sqrt(surplus / predicted)
     P, identity = evidence.held_out_covariance, torch.eye(len(r), dtype=r.dtype, device=r.device)
-    spread = torch.linalg.matrix_norm(scale**2 * P + noise * identity)
-    error = math.sqrt(2) * float(spread) / (len(r) * predicted) / (2 * scale)
+    error = math.sqrt(2) * float(torch.linalg.matrix_norm(P + noise * identity)) / (len(r) * predicted) / 2
     return HeldOutCheck(z_std(r, std), coverage(r, std), scale, error)
 
 # %% ../nbs/10_scores.ipynb #e5c00002
