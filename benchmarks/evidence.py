@@ -1,13 +1,13 @@
 """How long the hyperparameters take, from a fitted network to the optimum: rows of AJ, Grams, search.
 
-    python benchmarks/evidence.py --out FILE [--case kmnist28 lowrank128 growth methods half walnut]
+    python benchmarks/evidence.py --out FILE [--case kmnist28 lowrank128 growth largest methods half walnut]
 
 kmnist28     28² pixels, 20 angles, 820 rays, a U-Net of 76.6 k weights, a variance and a length for each block, TV prior,
              noise unknown: the setting of arXiv:2203.00479
 lowrank128   128² pixels, 4,200 rays, U-Net 5 × 32: exact, and bases of 200 to 600 draws, seconds and log evidence, also the
              exact one at the hyperparameters that a basis found; 500 draws: within 0.1 % in a fifth of the time
-growth       seconds for more rays, pixels and weights, and the exponents of the power laws through them; with 6,560 rays
-             6.7 GB, a third each for rows, Grams and what an evaluation holds
+growth       seconds for more rays, pixels and weights, and the exponents of the power laws through them
+largest      12,300 rays, what 16 GB hold
 methods      the four methods of `fit_evidence` on 16² pixels; a figure, evidence over evaluations and seconds, beside FILE
 half         what products in 16 bits do to the iterative evidence of the same problem
 walnut       501² pixels, 7,680 rays, U-Net 6 × 128: needs a GPU with 110 GB
@@ -86,18 +86,24 @@ def kmnist28(out):
     return dict(image=name) | fit(lin, "paper", network_blocks(lin), None, tv=True)[1]
 
 
+def timed_fit(size, angles, channels, norm=False):
+    lin = small(walnut(size), angles, 41, channels, iterations=50, norm=norm)
+    figures = fit(lin, "joint", one_block(lin), lin.recon.scan.noise_std)[1]
+    figures["seconds_evaluation"] = figures["seconds_evidence"] / figures["evaluations"]
+    print(figures, flush=True)
+    return figures
+
+
+def largest(out): return timed_fit(28, 300, 32)
+
+
 def growth(out):
     "Each of three sizes by itself; what it multiplies is in `per`."
     found = {}
     cases = dict(rays=[(28, angles, 32) for angles in (10, 20, 40, 80, 160)], pixels=[(size, 20, 16) for size in (32, 64, 128, 256)],
                  weights=[(28, 20, channels) for channels in (8, 16, 32, 64, 128)])
     for name, sizes in cases.items():
-        rows = []
-        for size, angles, channels in sizes:
-            lin = small(walnut(size), angles, 41, channels, iterations=50, norm=name == "weights")
-            rows.append(fit(lin, "joint", one_block(lin), lin.recon.scan.noise_std)[1])
-            rows[-1]["seconds_evaluation"] = rows[-1]["seconds_evidence"] / rows[-1]["evaluations"]
-            print(name, rows[-1], flush=True)
+        rows = [timed_fit(*case, norm=name == "weights") for case in sizes]
         key = dict(rays="d_y", pixels="d_x", weights="parameters")[name]
         slopes = {part: float(np.polyfit(np.log([r[key] for r in rows]), np.log([r[f"seconds_{part}"] for r in rows]), 1)[0])
                   for part in ("rows", "grams", "evaluation")}
@@ -181,7 +187,7 @@ def walnut501(out):
     return fit(lin, "conditional", one_block(lin), scan.noise_std)[1]
 
 
-CASES = dict(kmnist28=kmnist28, lowrank128=lowrank128, growth=growth, methods=methods, half=half, walnut=walnut501)
+CASES = dict(kmnist28=kmnist28, lowrank128=lowrank128, growth=growth, largest=largest, methods=methods, half=half, walnut=walnut501)
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
