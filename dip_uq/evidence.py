@@ -20,7 +20,6 @@ import psutil
 import scipy.optimize
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .dip import noise_level, total_variation
 from .linearization import Linearization, class_grams, tap_distances
@@ -29,7 +28,7 @@ from .priors import FilterPrior, GPrior, TVPrior, network_blocks, one_block, tap
 
 # %% ../nbs/08_evidence.ipynb #1538db90
 class ConditionalNLL(torch.autograd.Function):
-    "`conditional_nll`, with its slope in closed form; RuntimeError where the slope of the slope is asked for."
+    "`conditional_nll`, with its slope in closed form; it has no second one."
     @staticmethod
     def forward(ctx: Any, K: Tensor, r: Tensor, t: int) -> Tensor:
         L, r = torch.linalg.cholesky(K), torch.cat([0 * r[:t], r[t:]])
@@ -39,8 +38,9 @@ class ConditionalNLL(torch.autograd.Function):
         return 0.5 * r @ alpha + L.diagonal()[t:].log().sum() + 0.5 * (len(r) - t) * math.log(2 * math.pi)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor, None]: # of the value → of K, r and t
+        if torch.is_grad_enabled(): raise RuntimeError("create_graph: conditional_nll can be differentiated once only; "
+                                                       "for curvature take finite differences of its slope")
         (L, alpha), t = ctx.saved_tensors, ctx.t
         if t == 0: dK = torch.cholesky_inverse(L)
         else:
