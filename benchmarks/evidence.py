@@ -171,7 +171,7 @@ def half(out):
             for dtype in (torch.float32, torch.float16, torch.bfloat16):
                 correction = Correction(rough, name)
                 with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-                    correction.pull, correction.push = lin.pullback(17), lin.pushforward(17)
+                    correction.products.pull, correction.products.push = lin.pullback(17), lin.pushforward(17)
                 value = value_and_gradient(p, rough, None, objective(rough), correction)[0]
                 found[f"{name}, tolerance {tolerance}, {dtype}"] = value - true
     return found

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from .data import Scan
 from .dip import Reconstruction
-from .evidence import Evidence, Model, fitted_first
+from .evidence import Evidence, Model, RayProducts, fitted_first, iterated
 from .files import load_tensors, named, save_tensors
 from .linearization import Linearization, unit_vectors
 from .operators import LinearOperator
@@ -35,16 +35,23 @@ class Posterior:
         self.evidence, self.model, self.lin, self.scale = evidence, evidence.model, evidence.model.lin, scale
 
     @cached_property
+    def products(self) -> RayProducts | None:
+        "All rays by passes through the network, where the evidence was iterative; otherwise those of the model do."
+        return RayProducts(self.lin, 16) if self.evidence.method == "iterative" else None
+
+    @cached_property
     def mean(self) -> Tensor: # (H, W)
         "x̂, moved by what the held-out rays add to it: x̂ + K_xy K_yy⁻¹ (0, r_h)."
-        r = self.model.residual.clone()
-        r[:self.model.training] = 0
+        rays = self.products or self.model
+        r = rays.residual.clone()
+        r[:rays.training] = 0
         return self.lin.recon.image + self.lin.jvp(self._weights_from(r[None]))[0]
 
     def _weights_from(self, r: Tensor) -> Tensor: # r (B, n), float64 → (B, parameters)
         "Σ_θ (AJ)ᵀ K_yy⁻¹ r: the weights that explain the residuals `r`."
-        solved = torch.cholesky_solve(r.T, self.evidence.factor).T.to(self.model.rows)
-        return self.evidence.prior.apply(self.lin, solved @ self.model.rows)
+        if self.products: pulled = self.products.to_weights(iterated(self.evidence, self.products, r.T))
+        else: pulled = torch.cholesky_solve(r.T, self.evidence.factor).T.to(self.model.rows) @ self.model.rows
+        return self.evidence.prior.apply(self.lin, pulled)
 
     def covariance_with(self, jacobian: Tensor) -> tuple[Tensor, Tensor]: # (B, parameters) → (B, B), (n, B)
         "For rows of J or of another AJ: their prior covariance, and L⁻¹ times their covariance with the measurement."
@@ -55,7 +62,8 @@ class Posterior:
     def std(self, chunk: int = 16, progress: bool = False) -> Tensor: # (H, W)
         """The exact standard deviation of every pixel, from the rows of J, `chunk` at a time.
 
-        A difference of variances: what is below the precision (eps) of the prior variance is raised to that.
+        A difference of variances: what is below the precision (eps) of the prior variance is raised to that. Where the
+        evidence has a basis, what lies outside is not used, so that the bars are longer.
         """
         image = self.lin.recon.image
         variance, smallest = image.new_empty(image.numel()), torch.finfo(image.dtype).eps
@@ -73,7 +81,7 @@ class Posterior:
         generator, push = torch.Generator().manual_seed(seed), self.lin.pushforward(min(chunk, n))
         for i in range(0, n, chunk):
             theta = self.evidence.prior.sample(self.lin, min(chunk, n - i), generator)
-            seen = (theta @ self.model.rows.T).double()
+            seen = self.products.to_rays(theta).T if self.products else (theta @ self.model.rows.T).double()
             noise = self.evidence.noise_std * torch.randn(seen.shape, generator=generator, dtype=seen.dtype).to(seen)
             yield self.scale * push(theta + self._weights_from(noise - seen))
 
