@@ -30,7 +30,7 @@ from .data import Scan
 from .dip import Reconstruction, psnr, reconstruct
 from .evidence import fit_evidence
 from .files import save_tensors, write_whole
-from .linearization import Linearization
+from .linearization import Linearization, convolutions
 from .operators import RayTransform, fbp, field_of_view
 from .plotting import show_image
 from .posterior import Posterior
@@ -70,7 +70,7 @@ class Solution:
         scores = self.scores(self.std) | dict(raw=self.scores(self.raw_std))
         return dict(
             name=scan.name, d_x=self.image.numel(), d_y=scan.measurement.numel(),
-            parameters=self.posterior.lin.parameters,
+            parameters=sum(m.weight.numel() for m in convolutions(self.recon.net).values()),
             held_out=list(self.recon.scan.held_out), **scores, **self.image_scores(),
             heldout_zstd=self.check.z_std, heldout_coverage95=self.check.coverage95, heldout_scale=self.check.scale,
             heldout_scale_error=self.check.scale_error, correction=self.check.correction,
@@ -147,7 +147,7 @@ def solve(scan: Scan, # what was measured
     start = perf_counter()
     recon = reconstruct(scan, net, stop="heldout", progress=progress, learning_rate=learning_rate, **fit)
     fitted = perf_counter()
-    evidence = fit_evidence(Linearization(recon), progress=progress)
+    evidence = fit_evidence(Linearization(recon, free_pixels=True), progress=progress)
     chosen = perf_counter()
     check = check_held_out(evidence)
     posterior = Posterior(evidence, check.correction)

@@ -20,7 +20,7 @@ from .data import Scan
 from .dip import Reconstruction
 from .evidence import Evidence, Model, RayProducts, fitted_first, iterated
 from .files import load_tensors, named, save_tensors
-from .linearization import Linearization, unit_vectors
+from .linearization import FREE, Linearization, unit_vectors
 from .operators import LinearOperator
 from .priors import FilterPrior
 
@@ -112,10 +112,11 @@ class Posterior:
              progress: bool = True, # show a bar for the rows of AJ, which are computed again
             ) -> "Posterior":
         "Read what `save` wrote; raises ValueError for other files, and as `Reconstruction.load` does."
-        lin, (tensors, about) = Linearization(Reconstruction.load(path, scan, net)), load_tensors(path)
+        recon, (tensors, about) = Reconstruction.load(path, scan, net), load_tensors(path)
         if "posterior" not in about:
             raise ValueError(f"path: {str(path)!r} holds a reconstruction alone; load it by Reconstruction.load")
         about, device = about["posterior"], scan.measurement.device
+        lin = Linearization(recon, free_pixels=FREE in about["prior"]["blocks"])
         basis = {k: v.to(device) for k, v in named(tensors, "basis.").items()}
         rows = basis["rows"] if basis else lin.rows(fitted_first(lin)[0], progress=progress)
         prior, basis = FilterPrior(**about["prior"]), (basis["fitted"], basis["held_out"]) if basis else None

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .dip import Reconstruction
-from .linearization import Linearization, block_distances, tap_distances
+from .linearization import FREE, Linearization, block_distances, tap_distances
 
 # %% ../nbs/07_tv_prior.ipynb #963f5b34
 FAMILIES = {
@@ -35,8 +35,9 @@ def tap_covariance(distances: Tensor, # r, in taps
 
 # %% ../nbs/07_tv_prior.ipynb #46bbb8f4
 def one_block(lin: Linearization) -> dict[str, list[str]]:
-    "All convolutions together: one variance and one length scale for the whole network."
-    return {"all": list(lin.convs)}
+    "All convolutions together, one variance and one length scale for the whole network; free pixels by themselves."
+    blocks = {"all": [name for name in lin.convs if name != FREE]}
+    return blocks | ({FREE: [FREE]} if FREE in lin.convs else {})
 
 def network_blocks(lin: Linearization) -> dict[str, list[str]]:
     "The convolutions of each of the network's blocks: those with the same parent module share hyperparameters."
