@@ -32,7 +32,7 @@ import math
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median
 from typing import NamedTuple
 from unittest.mock import patch
 
@@ -245,17 +245,15 @@ def tasks(args):
 
 
 def table(lines, keys):
-    "Mean and standard error over the scans, for each method in each setting."
+    "Median over the scans, in brackets the lowest and the highest, for each method in each setting."
     groups = {}
     for d in lines: groups.setdefault(tuple(d[k] for k in ("part", "share", "angles", "kind", "method")), []).append(d)
     print("| part | 1 in | projections | scans | method | " + " | ".join(keys) + " |\n" + "|---" * (5 + len(keys)) + "|")
-    for group, found in groups.items():
+    for (part, share, angles, kind, method), found in groups.items():
         cells = []
-        for key in keys:
-            values = [d[key] for d in found if d.get(key) is not None]
-            spread = f" ± {stdev(values) / len(values)**0.5:.2f}" if len(values) > 1 else ""
-            cells.append(f"{mean(values):.2f}{spread}" if values else "–")
-        part, share, angles, kind, method = group
+        for values in ([d[key] for d in found if d.get(key) is not None] for key in keys):
+            span = f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else ""
+            cells.append(f"{median(values):.2f}{span}" if values else "–")
         print(f"| {part} | {share} | {angles} | {len(found)} {kind} | {method} | " + " | ".join(cells) + " |")
 
 
