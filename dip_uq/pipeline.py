@@ -34,6 +34,7 @@ from .linearization import Linearization, convolutions
 from .operators import RayTransform, fbp, field_of_view
 from .plotting import show_image
 from .posterior import Posterior
+from .priors import GPrior
 
 # %% ../nbs/12_pipeline.ipynb #55e9afa0
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ class Solution:
             noise_std=evidence.noise_std, std_method=self.std_method,
             evidence=dict(value=evidence.value, method=evidence.method, objective=evidence.objective,
                           evaluations=evidence.evaluations),
-            prior={b: dict(variance=prior.variance[b], length=prior.length[b]) for b in prior.blocks},
+            prior=dict(g=prior.g) if isinstance(prior, GPrior) else
+                  {b: dict(variance=prior.variance[b], length=prior.length[b]) for b in prior.blocks},
             reconstruction=self.recon.settings, seed=self.recon.settings["seed"],
             seconds=self.seconds, peak_memory_mb=peak_memory_mb(), versions=versions(),
             command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]))
@@ -110,15 +112,16 @@ class Solution:
     def save(self, folder: str | Path) -> None:
         """Write summary.json, report.png, result.safetensors (image, std, raw_std), posterior.safetensors (see
         `Posterior.load`), and for other programs image.tif and std.tif (float32) to `folder`.
+
+        A posterior that cannot be saved raises TypeError, and nothing is written.
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder, summary, page = Path(folder), self.summary(), self.report()
         tensors = dict(image=self.image, std=self.std, raw_std=self.raw_std)
-        save_tensors(folder / "result.safetensors", tensors, self.summary())
         self.posterior.save(folder / "posterior.safetensors")
+        save_tensors(folder / "result.safetensors", tensors, summary)
         for name in ("image", "std"): tifffile.imwrite(folder / f"{name}.tif", tensors[name].cpu().numpy())
-        write_whole(folder / "summary.json", json.dumps(self.summary(), indent=2).encode())
-        self.report().savefig(folder / "report.png", dpi=140)
+        write_whole(folder / "summary.json", json.dumps(summary, indent=2).encode())
+        page.savefig(folder / "report.png", dpi=140)
 
 # %% ../nbs/12_pipeline.ipynb #28a8b52e
 def peak_memory_mb() -> float:

@@ -1,4 +1,4 @@
-"The KMNIST benchmark goes on where it stopped, and its figures are those of independent formulas."
+"The benchmarks on error bars go on where they stopped, and their figures are those of independent formulas."
 import copy
 import importlib
 import json
@@ -20,6 +20,7 @@ from dip_uq.evidence import Model, maximise
 from dip_uq.linearization import Linearization
 from dip_uq.networks import UNet
 from dip_uq.operators import parallel_beam
+from dip_uq.posterior import Posterior
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 DATA = Path(os.environ.get("DIP_UQ_DATA", "")) / "kmnist/kmnist_test_first50.npz"
@@ -34,6 +35,12 @@ def kmnist(monkeypatch):
 @pytest.fixture
 def why(kmnist):
     return importlib.import_module("kmnist_why")
+
+
+@pytest.fixture
+def calibration(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    return importlib.import_module("calibration")
 
 
 @pytest.mark.skipif(not DATA.exists(), reason="the images of KMNIST are not in DIP_UQ_DATA")
@@ -95,3 +102,53 @@ def test_errors_of_single_pixels_beside_those_of_the_network(why):
     middle, C = why.predict_with_pixels(evidence)
     assert torch.allclose(C, S - gain @ M @ S, atol=1e-6)
     assert torch.allclose(middle.flatten(), image.flatten() + gain @ r, atol=1e-6)
+
+
+def test_calibration_goes_on_where_it_stopped(calibration, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "calibration.jsonl"
+    def run(*parts):
+        part = "--scans walnut-3 --noise 0.05 --shares 6 --size 16 --angles 6 --iterations 20 --parts".split()
+        monkeypatch.setattr(sys, "argv", ["calibration.py", "--out", str(out), *part, *parts])
+        calibration.main()
+        return out.read_text().splitlines(), capsys.readouterr().out
+    first, _ = run("choose")
+    more, tables = run("choose", "refit")
+    assert more[:6] == first and [json.loads(line)["method"] for line in more[6:]] == ["solve", "again", "warm"]
+    conditional, solved = json.loads(first[0]), json.loads(more[6])
+    same = "z", "gain", "rays_z", "variance", "correction"
+    assert [conditional[k] for k in same] == [solved[k] for k in same]
+    assert f"| choose | 6 | 6 | 1 simulated | conditional | {conditional['z']:.2f} |" in tables
+
+
+def test_pixels_of_the_calibration_benchmark(calibration):
+    "Against `Posterior`, and with errors of single pixels against dense matrices."
+    fit = calibration.fitted(calibration.Setting("walnut-3", 0.05, 6, 6, 16, 30))
+    noise, t = fit.lin.recon.scan.noise_std, fit.model.training
+    evidence = maximise(fit.model, "conditional", noise)
+    posterior = Posterior(evidence)
+    middle, C = fit.posterior(evidence)
+    std = posterior.std().flatten()
+    assert ((middle - posterior.mean).flatten().abs() / std).max() < 0.01  # of a bar: rounding of float32 rows
+    assert (C.diagonal().sqrt() / std - 1).abs().max() < 0.01
+
+    wider = maximise(calibration.with_block(fit.model, "pixels", fit.A @ fit.A.T), "conditional", noise)
+    J, prior = fit.lin.vjp(torch.eye(256).view(-1, 16, 16)), wider.prior
+    network = replace(evidence.prior, variance=dict(all=prior.variance["all"]), length=dict(all=prior.length["all"]))
+    K = (J @ network.apply(fit.lin, J).T).double() + prior.variance["pixels"] * torch.eye(256)
+    gain = torch.linalg.solve(fit.A @ K @ fit.A.T + noise**2 * torch.eye(len(fit.A)), fit.A @ K).T
+    r = torch.cat([torch.zeros(t).double(), fit.model.residual[t:]])
+    middle, C = fit.posterior(wider)
+    std = C.diagonal().sqrt()
+    assert (((middle - fit.lin.recon.image).flatten() - gain @ r).abs() / std).max() < 0.01
+    assert ((K - gain @ fit.A @ K).diagonal().sqrt() / std - 1).abs().max() < 0.01
+
+
+def test_evidence_ray_by_ray(calibration):
+    "Each held-out ray by its own conditional density given the fitted ones."
+    fit = calibration.fitted(calibration.Setting("walnut-3", 0.05, 6, 6, 16, 30))
+    t, r = fit.model.training, fit.model.residual.numpy()
+    K = fit.model.covariance(fit.model.weights(torch.tensor([0.01]), torch.tensor([1.0])).double(), 0.3)
+    found = float(calibration.by_ray(fit.model)(K, None, None, None))
+    def log_p(rays): return multivariate_normal.logpdf(np.where(rays < t, 0, r[rays]), cov=K.numpy()[np.ix_(rays, rays)])
+    fitted = np.arange(t)
+    assert found == pytest.approx(sum(log_p(fitted) - log_p(np.append(fitted, i)) for i in range(t, len(r))), rel=1e-6)

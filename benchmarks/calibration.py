@@ -1,0 +1,282 @@
+"""How should hyperparameters be chosen, how much be held out, and does a fit to all projections pay?
+
+    python benchmarks/calibration.py --out calibration.jsonl [--parts choose refit pixels few folds blocks error]
+                                     [--scans walnut-3 walnut-4 disks shepp-logan ta tb] [--noise 0.05 0.02 0.1]
+                                     [--shares 10 3 6] [--size 32] [--angles 20] [--few 5 8] [--iterations 600]
+
+A U-Net of 29.7 k weights (4 scales × 16 channels), all else as in `solve`. Four simulated images, fan beam, with each level of
+noise; and two discs of the Helsinki Tomography Challenge 2022, whose noise nobody knows, with the published image of 720
+projections for the truth (in the folder DIP_UQ_DATA). One line of JSON for each scan and method; called again with the same
+file it goes on where it stopped, and prints the tables. All of it takes half an hour of one core; 64² pixels, a day.
+
+choose  every 10th, 3rd, 6th projection held out; the hyperparameters by conditional evidence, rays jointly or ray by ray,
+        and for every 6th by the joint evidence and the paper's objective, with known or fitted noise
+refit   every 6th held out, as in all that follow. solve: the mean of DIP, moved by what is held out. again: a new fit to all
+        projections, with as many steps as were chosen. warm: 150 steps with all projections from the weights that were
+        chosen. For both, hyperparameters and correction are those of solve
+pixels  as choose, with errors of single pixels beside those of the network, of one variance, which the held-out rays choose
+        along with the others; and the new fit to all projections with these
+few     refit with few projections; only with the first level of noise, as folds
+folds   as choose, for three sets of held-out projections, and with the mean log hyperparameters of the three fits
+blocks  as choose, with a variance and a length for each block of the network
+error   measured scans; the noise of the instrument (from all 720 projections), noise fitted, and with errors of the rays that
+        are correlated along the detector, of variance c², by exp(−bins / ρ), with the ρ of the highest evidence; and pixels
+
+All figures are of the pixels in the field of view: z and coverage of 95 % of their errors, gain = log likelihood less that of
+the best constant bar, which only the truth can tell, PSNR. rays_z is that of the held-out rays; `_corrected` is with the bars
+as they have corrected them. off is how far z is from 1, |log z|.
+"""
+import argparse
+import json
+import math
+from dataclasses import replace
+from functools import lru_cache, partial
+from pathlib import Path
+from statistics import mean, median
+from typing import NamedTuple
+from unittest.mock import patch
+
+import torch
+from tqdm import tqdm
+
+from dip_uq import evidence as evidences
+from dip_uq.calibration import check_held_out, coverage, log_likelihood, z_std
+from dip_uq.data import load_htc2022, shepp_logan, simulate, walnut
+from dip_uq.dip import psnr, reconstruct
+from dip_uq.evidence import Model, fitted_first, maximise, prior_of
+from dip_uq.linearization import Linearization, class_grams
+from dip_uq.networks import UNet
+from dip_uq.operators import field_of_view, mask
+from dip_uq.pretraining import disks, fan_scanner
+from dip_uq.priors import network_blocks, one_block
+
+RATE = 2e-3
+IMAGES = {"walnut-3": partial(walnut, seed=3), "walnut-4": partial(walnut, seed=4), "disks": partial(disks, seed=1),
+          "shepp-logan": shepp_logan}
+MEASURED = "ta", "tb"
+LENGTHS = 1, 3, 10, 30  # ρ, in bins
+
+
+class Setting(NamedTuple):
+    name: str
+    noise: float | None  # None: measured
+    angles: int
+    share: int  # every `share`-th projection is held out
+    size: int
+    iterations: int
+
+    def scan(self):
+        if self.noise is None: return load_htc2022(self.name, self.angles, self.size)
+        return simulate(IMAGES[self.name](self.size), fan_scanner(self.size, self.angles), self.noise, seed=1)
+
+
+def by_ray(model):
+    "The conditional evidence of each held-out ray by itself."
+    t, r = model.training, model.residual[model.training:]
+    def nll(K, noise, *prior):
+        variance = torch.linalg.cholesky(K)[t:, t:].square().sum(1)
+        return 0.5 * (r.square() / variance + (2 * math.pi * variance).log()).sum()
+    return nll
+
+
+class Fit:
+    "One reconstruction, linearised, with the class Grams of all pixels; those of rays are A G Aᵀ."
+    def __init__(self, recon, blocks=one_block):
+        self.lin, self.seen = Linearization(recon), field_of_view(recon.scan.operator)
+        J, names = self.lin.rows(mask(torch.ones_like(recon.image, dtype=torch.bool))), blocks(self.lin)
+        operator, residual, t = fitted_first(self.lin)
+        self.A = torch.from_numpy(operator.matrix.toarray()).double()
+        self.grams, grams = [], {}
+        for b, convolutions in names.items():
+            distances, own = class_grams(self.lin, J, convolutions)
+            self.grams.extend(own)
+            grams[b] = distances, torch.stack([self.A @ G @ self.A.T for G in own])
+        self.model = Model(self.lin, names, operator, self.A.float() @ J, residual, t, grams)
+
+    def posterior(self, evidence):
+        "Mean (H, W) and covariance (pixels, pixels); as `Posterior`, but in terms of pixels."
+        K, r = sum(w * G for w, G in zip(evidence.weights.tolist(), self.grams)), evidence.model.residual.clone()
+        K = K + evidence.prior.variance.get("pixels", 0.0) * torch.eye(len(K), dtype=K.dtype)
+        r[:evidence.model.training] = 0
+        cross = torch.linalg.solve_triangular(evidence.factor, self.A @ K, upper=False)
+        moved = torch.linalg.solve_triangular(evidence.factor, r[:, None], upper=False)[:, 0] @ cross
+        image = self.lin.recon.image
+        return image + moved.view(image.shape).to(image), K - cross.T @ cross
+
+    def scores(self, evidence, correction=None):
+        "All figures of one choice of hyperparameters; `correction` None: by its own held-out rays."
+        middle, C = self.posterior(evidence)
+        truth, std, more = self.lin.recon.scan.truth[self.seen], C.diagonal().clamp(min=1e-12).sqrt(), {}
+        error, std = (middle[self.seen] - truth).double(), std.view(middle.shape)[self.seen]
+        constant = log_likelihood(error, torch.full_like(error, float(error.square().mean().sqrt())))
+        if correction is None:
+            check = check_held_out(evidence)
+            correction, more = check.correction, dict(rays_z=check.z_std, scale=check.scale, error=check.scale_error)
+        for end, s in ("", 1), ("_corrected", correction):
+            z = z_std(error, s * std)
+            more |= {f"z{end}": z, f"off{end}": abs(math.log(z)), f"coverage95{end}": coverage(error, s * std),
+                     f"gain{end}": log_likelihood(error, s * std) - constant}
+        prior = evidence.prior
+        return more | dict(correction=correction, psnr=psnr(middle[self.seen], truth), noise_std=evidence.noise_std,
+                           value=evidence.value, variance=[*prior.variance.values()], length=[*prior.length.values()],
+                           iteration=self.lin.recon.settings["iteration"])
+
+
+@lru_cache(1)
+def fitted(s, shift=0, blocks=one_block):
+    "The fit that leaves out every `share`-th projection, `shift` later than `hold_out` would choose."
+    scan = s.scan()
+    held_out = scan.hold_out(max(1, round(s.angles / s.share))).held_out
+    scan = replace(scan, held_out=tuple(sorted((i + shift) % s.angles for i in held_out)))
+    options = dict(iterations=s.iterations, stop="heldout", learning_rate=RATE, progress=False)
+    return Fit(reconstruct(scan, UNet(4, 16), **options), blocks)
+
+
+def choose(s):
+    fit = fitted(s)
+    model, noise = fit.model, fit.lin.recon.scan.noise_std
+    with patch.dict(evidences.OBJECTIVES, {"by ray": by_ray}):
+        for objective in ("conditional", "by ray", "joint", "paper")[:4 if s.share == 6 else 2]:
+            yield dict(method=objective, **fit.scores(maximise(model, objective, noise)))
+            if objective in ("conditional", "joint") and noise is not None:
+                yield dict(method=f"{objective}, noise fitted", **fit.scores(maximise(model, objective, None)))
+
+
+def refits(recon):
+    "What fits all projections, given a fit that left some out."
+    scan, steps = replace(recon.scan, held_out=()), recon.settings["iteration"] + 1
+    options = dict(stop="fixed", progress=False, tv=recon.settings["tv"])
+    return {"again": partial(reconstruct, scan, UNet(4, 16), iterations=steps, learning_rate=RATE, **options),
+            "warm": partial(reconstruct, scan, recon.net, educated=True, iterations=150, learning_rate=RATE / 2,
+                            **options)}
+
+
+def refit(s):
+    fit = fitted(s)
+    evidence = maximise(fit.model, "conditional", fit.lin.recon.scan.noise_std)
+    first = fit.scores(evidence)
+    yield dict(method="solve", **first)
+    for method, work in refits(fit.lin.recon).items():
+        other = Fit(work())
+        yield dict(method=method, **other.scores(replace(evidence, model=other.model), first["correction"]))
+
+
+def pixels(s):
+    fit = fitted(s)
+    evidence = maximise(with_block(fit.model, "pixels", fit.A @ fit.A.T), "conditional", fit.lin.recon.scan.noise_std)
+    yield dict(method="pixels", **fit.scores(evidence))
+    other = Fit(refits(fit.lin.recon)["again"]())
+    model = with_block(other.model, "pixels", other.A @ other.A.T)
+    yield dict(method="pixels, again", **other.scores(replace(evidence, model=model), 1.0))
+
+
+def folds(s):
+    shifts = [k * s.share // 3 for k in (0, -1, 1)]
+    fits = [fitted(s, shift) for shift in shifts]
+    found = [maximise(fit.model, "conditional", fit.lin.recon.scan.noise_std) for fit in fits]
+    variance, length = ([math.exp(mean(math.log(getattr(e.prior, which)["all"]) for e in found))]
+                        for which in ("variance", "length"))
+    for fit, evidence in zip(fits, found):
+        yield dict(method="own fold", **fit.scores(evidence))
+        averaged = replace(evidence, prior=prior_of(fit.model, variance, length))
+        yield dict(method="mean of folds", **fit.scores(averaged))
+
+
+def blocks(s):
+    fit = fitted(s, blocks=network_blocks)
+    yield dict(method="per block", **fit.scores(maximise(fit.model, "conditional", fit.lin.recon.scan.noise_std)))
+
+
+def with_block(model, name, G):
+    "The model with one more block, whose share of K_yy is its variance times `G`."
+    own = torch.zeros(1, dtype=torch.float64), G[None]
+    return replace(model, blocks=model.blocks | {name: []}, grams=model.grams | {name: own})
+
+
+def correlated(model, length):
+    "Errors of the rays that are correlated by exp(−|i − j| / `length`) within a projection."
+    projections, bins = model.operator.range_shape
+    lag = torch.arange(bins).double()
+    return torch.block_diag(*[torch.exp(-(lag[:, None] - lag).abs() / length)] * projections)
+
+
+def instrument_noise(s):
+    "From second differences over neighbouring ones of the 720 projections: rms / √6, resistant to edges by medians."
+    y = load_htc2022(s.name, 720, s.size).measurement.double()
+    return float((y[2:] - 2 * y[1:-1] + y[:-2]).abs().median()) / 0.6745 / 6**0.5
+
+
+def error(s):
+    fit = fitted(s)
+    yield dict(method="noise of the instrument", **fit.scores(maximise(fit.model, "conditional", instrument_noise(s))))
+    yield dict(method="noise fitted", **fit.scores(maximise(fit.model, "conditional", None)))
+    models = {rho: with_block(fit.model, "error", correlated(fit.model, rho)) for rho in LENGTHS}
+    tried = {rho: maximise(model, "conditional", None) for rho, model in models.items()}
+    rho = max(tried, key=lambda rho: tried[rho].value)
+    yield dict(method="correlated errors", **fit.scores(tried[rho]), rho=rho, c=tried[rho].prior.variance["error"]**0.5)
+    wider = maximise(with_block(fit.model, "pixels", fit.A @ fit.A.T), "conditional", None)
+    yield dict(method="pixels", **fit.scores(wider))
+
+
+PARTS = dict(choose=choose, refit=refit, pixels=pixels, few=refit, folds=folds, blocks=blocks, error=error)
+
+
+def tasks(args):
+    "Parts and settings; the parts of one scan in a row, so that they share a fit."
+    for level in args.noise:
+        for name in args.scans:
+            noise = None if name in MEASURED else level
+            if noise is None and level != args.noise[0]: continue
+            for part in args.parts:
+                if part == "error" and noise is not None or part in ("few", "folds") and level != args.noise[0]: continue
+                for angles in args.few if part == "few" else [args.angles]:
+                    for share in args.shares if part == "choose" else [6]:
+                        yield part, Setting(name, noise, angles, share, args.size, args.iterations)
+
+
+def table(lines, keys):
+    "Median over the scans, in brackets the lowest and the highest, for each method in each setting."
+    groups = {}
+    for d in lines: groups.setdefault(tuple(d[k] for k in ("part", "share", "angles", "kind", "method")), []).append(d)
+    print("| part | 1 in | projections | scans | method | " + " | ".join(keys) + " |\n" + "|---" * (5 + len(keys)) + "|")
+    for (part, share, angles, kind, method), found in groups.items():
+        cells = []
+        for values in ([d[key] for d in found if d.get(key) is not None] for key in keys):
+            span = f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else ""
+            cells.append(f"{median(values):.2f}{span}" if values else "–")
+        print(f"| {part} | {share} | {angles} | {len(found)} {kind} | {method} | " + " | ".join(cells) + " |")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--scans", nargs="+", choices=[*IMAGES, *MEASURED], default=[*IMAGES, *MEASURED])
+    parser.add_argument("--noise", nargs="+", type=float, default=[0.05, 0.02, 0.1])
+    parser.add_argument("--shares", nargs="+", type=int, default=[10, 3, 6])
+    parser.add_argument("--size", type=int, default=32)
+    parser.add_argument("--angles", type=int, default=20)
+    parser.add_argument("--few", nargs="+", type=int, default=[5, 8])
+    parser.add_argument("--iterations", type=int, default=600)
+    args = parser.parse_args()
+    lines = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
+    def task_of(d): return d["part"], Setting(*(d[k] for k in Setting._fields))
+    wanted, done = list(tasks(args)), set(map(task_of, lines))
+    for part, setting in tqdm([task for task in wanted if task not in done]):
+        about = dict(part=part, kind="simulated" if setting.noise else "measured", **setting._asdict())
+        found = [about | line for line in PARTS[part](setting)]
+        with args.out.open("a") as f: print(*map(json.dumps, found), sep="\n", file=f)
+        lines += found
+    shown = [d for d in lines if task_of(d) in wanted]
+    for measures in (("z", "off", "coverage95", "gain", "rays_z", "psnr"),
+                     ("correction", "z_corrected", "off_corrected", "coverage95_corrected", "gain_corrected")):
+        print()
+        table(shown, measures)
+    print()
+    for d in shown:
+        if d["part"] == "error":
+            print({k: d.get(k) for k in ("name", "angles", "method", "value", "noise_std", "c", "rho", "rays_z", "z",
+                                         "coverage95", "gain", "psnr")})
+
+
+if __name__ == "__main__": main()
