@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .dip import noise_level, total_variation
-from .linearization import Linearization, class_grams, tap_distances
+from .linearization import FREE, Linearization, class_grams, tap_distances
 from .operators import LinearOperator
 from .priors import FilterPrior, GPrior, TVPrior, network_blocks, one_block, tap_covariance, tv_strength
 
@@ -161,17 +161,18 @@ def log_parameters(model: Model, noise_std: float | None) -> tuple[np.ndarray, l
     The largest σ_d² lets the rays vary ten times as much as the measurement itself (mean square, independent taps): a
     wider prior says nothing more, and its posterior would be lost in the rounding of float32 rows.
     """
-    size = float(sum(grams[0].trace() for _, grams in model.grams.values())) / model.count
-    power = model.power
-    if not size > 0: raise ValueError("model.rows: AJ is zero, so no weight moves any ray; fit the network for longer")
+    traces, power = {b: float(grams[0].trace()) / model.count for b, (_, grams) in model.grams.items()}, model.power
+    network = sum(size for block, size in traces.items() if block != FREE)
+    sizes = np.array([traces[block] if block == FREE else network for block in model.blocks])
+    if not network > 0: raise ValueError("model.rows: AJ is zero, so no weight moves any ray; fit the network for longer")
     if not power > 0:
         raise ValueError("model.residual: the image explains every ray exactly (y − A x̂ = 0), so nothing "
                          "tells how large weights and noise are; hold out projections before fitting")
     b = len(model.blocks)
-    largest = math.log(10 * float(model.lin.recon.scan.measurement.square().mean()) / size)
-    first = min(math.log(10 * power / size), largest)
-    start = [first] * b + [0.0] * b
-    bounds = [(first - 14, largest)] * b + [(math.log(0.1), math.log(30))] * b
+    largest = np.log(10 * float(model.lin.recon.scan.measurement.square().mean()) / sizes)
+    first = np.minimum(np.log(10 * power / sizes), largest)
+    start = [*first] + [0.0] * b
+    bounds = [*zip(first - 14, largest)] + [(math.log(0.1), math.log(30))] * b
     if noise_std is None:
         start.append(math.log(power / 2))
         bounds.append((math.log(power) - 10, math.log(power) + 3))
@@ -351,22 +352,33 @@ def maximise(model: Model,
              tv: TVPrior | None = None, # prior over ℓ_d; None: flat
              correction: Callable | None = None, # see `value_and_gradient`; starts a second search
             ) -> Evidence:
-    "Choose the hyperparameters of `model` by the largest evidence: L-BFGS-B on their logarithms, in float64."
+    """Choose the hyperparameters of `model` by the largest evidence: L-BFGS-B on their logarithms, in float64.
+
+    Where it has free pixels: first those of the network, then, with these, the variance of the pixels and once more the
+    noise where it is unknown.
+    """
     began, b, history = perf_counter(), len(model.blocks), []
     start, bounds = log_parameters(model, noise_std)
     nll = OBJECTIVES[objective](model)
     if tv is not None: nll = with_tv(nll, tv, model.lin)
-    def search(start, correction):
+    def search(start, correction, hold=()): # those at the indices `hold` stay as they are
+        box = [(v, v) if i in hold else ends for i, (v, ends) in enumerate(zip(start, bounds))]
         def evaluate(p):
             value, slope = value_and_gradient(p, model, noise_std, nll, correction)
             history.append(-value)
             return value, slope
-        history.clear()
-        return scipy.optimize.minimize(evaluate, start, method="L-BFGS-B", jac=True, bounds=bounds,
+        return scipy.optimize.minimize(evaluate, start, method="L-BFGS-B", jac=True, bounds=box,
                                        options=dict(maxiter=steps, ftol=1e-6 if correction is None else 1e-4))
+    def searches(start, correction):
+        history.clear()
+        if FREE not in model.blocks: return search(start, correction)
+        free = list(model.blocks).index(FREE)
+        first = search(np.where(np.arange(len(start)) == free, bounds[free][0], start), correction, {free})
+        second = search(np.where(np.arange(len(start)) == free, start, first.x), correction, {*range(2 * b)} - {free})
+        return min(first, second, key=lambda found: found.fun)
     try:
-        found = search(start, None)
-        if correction is not None: found = search(found.x, correction)
+        found = searches(start, None)
+        if correction is not None: found = searches(found.x, correction)
     except torch.linalg.LinAlgError as e:
         raise ValueError(f"scan.noise_std: {noise_std} is too small beside residuals of "
                          f"{math.sqrt(model.power):.3g}: K_yy is singular in float64; give the true "
@@ -374,7 +386,7 @@ def maximise(model: Model,
     e = np.exp(found.x)
     noise = math.sqrt(e[-1]) if noise_std is None else noise_std
     method = "exact" if model.basis is None else "low rank" if correction is None else "iterative"
-    evidence = Evidence(model, prior_of(model, e[:b], e[b:2 * b]), noise, -float(found.fun), objective, found.nfev,
+    evidence = Evidence(model, prior_of(model, e[:b], e[b:2 * b]), noise, -float(found.fun), objective, len(history),
                         dict(evidence=perf_counter() - began), method, tuple(history))
     if not found.success:
         warnings.warn(f"the search for hyperparameters stopped early ({found.message}); they may not be the best ones")
