@@ -1,7 +1,13 @@
 """The explorers as a person meets them, worked with the keyboard in a browser: a Voila app, and JupyterLab."""
+import base64
+import io
+
+import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 from browser import ROOT, By, chromium, errors, find, message, needs_chromium, picture, press, served, wait
 from execnb.nbio import read_nb, write_nb
+from matplotlib.colors import to_rgb
 from selenium.webdriver.common.keys import Keys
 
 pytestmark = needs_chromium
@@ -45,6 +51,28 @@ def test_every_control_answers(page, name):
         before = picture(box)
         wait(lambda: picture(box) != before, "the player stands still")
         play.send_keys(Keys.ENTER)
+
+
+@pytest.mark.parametrize("width", [1100, 500])
+def test_a_click_chooses_a_pixel(page, width):
+    "The sliders follow, and the square is drawn where the mouse was, however wide the picture is."
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride",
+                         dict(width=width, height=900, deviceScaleFactor=1, mobile=False))
+    box, place = explorer(page, "places"), (21, width // 100)
+    pixels, before = find(box, ".widget-button"), picture(box)
+    assert len(pixels) == 32 * 32
+    chosen = pixels[32 * place[0] + place[1]]
+    chosen.click()
+    wait(lambda: picture(box) != before, "no new picture after a click")
+    handles = find(box, ".noUi-handle")[:2]
+    wait(lambda: tuple(int(float(h.get_attribute("aria-valuenow"))) for h in handles) == place, "the sliders stay")
+    image = find(box, "img.widget-image")[0]
+    colours = plt.imread(io.BytesIO(base64.b64decode(image.screenshot_as_base64)))
+    orange = np.abs(colours[..., :3] - to_rgb("C1")).max(-1) < 0.3
+    square = [float(v.mean()) for v in np.nonzero(orange[:, :len(orange[0]) // 5])]  # in the first image: down, right
+    for found, origin, size in zip(square, "yx", ("height", "width")):
+        assert abs(found - (chosen.rect[origin] + chosen.rect[size] / 2 - image.rect[origin])) < 3
+    page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 def test_a_bad_value_gets_a_message(page):
