@@ -26,6 +26,7 @@ import torch
 from . import __version__
 from .data import Scan, load_scan, simulate, walnut
 from .networks import UNet
+from .operators import RayTransform
 from .pipeline import headline, solve
 from .pretraining import FINE, PHANTOMS, Pretrained, fan_scanner, fan_scanners, pretrain
 
@@ -113,18 +114,19 @@ def results_in(folder: Path) -> Iterator[None]:
         raise
 
 # %% ../nbs/15_cli.ipynb #c15c0004
-def doubts(scan: Scan, # of a ray transform
-          ) -> list[str]:
-    "Questions about a scan that can be reconstructed, but looks like a common mistake."
-    g, y = scan.operator.geometry, scan.measurement.double()
+def doubts(scan: Scan) -> list[str]:
+    "Questions about a tomographic scan that can be reconstructed, but looks like a common mistake."
+    A, y = scan.operator, scan.measurement.double()
+    if not isinstance(A, RayTransform): return []
+    g = A.geometry
     arc, edge = np.rad2deg(np.ptp(g.angles)), float(y[:, [0, -1]].mean() / y.mean())
     magnified = (g.source_origin + g.origin_detector) / g.source_origin if g.fan else 1
-    wide = g.bins * g.bin_size / (magnified * g.pixel_size * max(scan.operator.domain_shape))
+    wide = g.bins * g.bin_size / (magnified * g.pixel_size * max(A.domain_shape))
     found = {f"all angles lie within {arc:.1f}°; are they in radians? Degrees are needed": arc < 6.3,
-             f"the outermost bins read {edge:.0%} of the mean, though they should look past the object; is the logarithm, or "
-             "the subtraction of a background, missing? Line integrals −log(I/I₀) are needed": edge > 0.5,
-             f"the detector is {wide:.4g} times as wide as the shadow of the image; are bin_size, pixel_size and distances in "
-             "one unit?": not 0.2 < wide < 5}
+             f"the outermost bins read {edge:.0%} of the mean, though they should look past the object; is the "
+             "logarithm or a background correction missing? Line integrals −log(I/I₀) are needed": edge > 0.5,
+             f"the detector is {wide:.4g} times as wide as the shadow of the image; are bin_size, pixel_size and "
+             "distances in one unit?": not 0.2 < wide < 5}
     return [question for question, asked in found.items() if asked]
 
 # %% ../nbs/15_cli.ipynb #f97e1d85
@@ -133,7 +135,7 @@ def run_solve(args: argparse.Namespace) -> None:
     pretrained = None if args.educated is None else Pretrained.load(args.educated or None)
     if args.command == "demo": scan = demo_scan(args.size, args.angles, args.noise, args.seed)
     else: scan = load_scan(args.scan, args.angles, args.size, args.bins)
-    if len(scan.measurement) < 2: raise ValueError("1 projection: take 2 or more, since some are held out to check the rest")
+    if len(scan.measurement) < 2: raise ValueError("1 projection: 2 or more are needed, since some are held out")
     for question in doubts(scan): print(f"dip-uq: {question}", file=sys.stderr)
     net = UNet(args.scales, args.channels) if pretrained is None else pretrained.net
     options = dict(iterations=args.usual) if pretrained is None else pretrained.options
@@ -142,8 +144,8 @@ def run_solve(args: argparse.Namespace) -> None:
     solution.save(args.out)
     print(headline(solution.summary()), f"written: summary.json, report.png, images and more in {args.out}", sep="\n")
     if (z := solution.check.z_std) > 2:
-        print(f"dip-uq: the held-out rays are {z:.1f} times as far off as predicted; do operator and noise_std describe this "
-              "scan? Look at angles, lengths and the centre of rotation", file=sys.stderr)
+        print(f"dip-uq: the held-out rays are {z:.1f} times as far off as predicted; do operator and noise_std "
+              "describe this scan? Look at angles, lengths and the centre of rotation", file=sys.stderr)
 
 def run_pretrain(args: argparse.Namespace) -> None:
     "Teach a network and write it to `args.out`; its state is kept beside that file while it learns."

@@ -323,7 +323,8 @@ def clickable(explorer: Explorer, # its figure begins with an image
     flat, unseen = Layout(width="auto", height="auto", min_width="0", margin="0", padding="0"), ButtonStyle()
     unseen.button_color = "transparent"
     def button(place):
-        made = Button(tooltip=", ".join(f"{k} {v}" for k, v in place.items()), tabbable=False, layout=flat, style=unseen)
+        name = ", ".join(f"{k} {v}" for k, v in place.items())
+        made = Button(tooltip=name, tabbable=False, layout=flat, style=unseen)
         made.on_click(lambda _: explorer.choose(**place))
         return made
     picture.layout.margin, picture.layout.grid_area = "0", "1 / 1 / 4 / 4"
@@ -331,7 +332,8 @@ def clickable(explorer: Explorer, # its figure begins with an image
     board = GridBox([button({row: r, column: c}) for r in rows for c in columns],
                     layout=Layout(**tracks([1] * len(rows), [1] * len(columns)), **over))
     frame = tracks([1 - bottom - height, height, bottom], [left, width, 1 - left - width])
-    explorer.children = *explorer.children[:-1], GridBox([picture, board], layout=Layout(align_self="flex-start", **frame))
+    whole = GridBox([picture, board], layout=Layout(align_self="flex-start", **frame))
+    explorer.children = *explorer.children[:-1], whole
     return explorer
 
 def tracks(rows: list[float], columns: list[float]) -> dict[str, str]:
