@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Explorer', 'control', 'shown', 'panels', 'true_image', 'film', 'spectrum', 'draw_film', 'draw_reconstruction',
            'prior_images', 'prior_knobs', 'draw_prior', 'Landscape', 'optimiser_path', 'draw_landscape', 'square',
-           'covariance_with_region', 'draw_posterior', 'errors_of', 'draw_check']
+           'covariance_with_region', 'draw_posterior', 'clickable', 'tracks', 'errors_of', 'draw_check']
 
 # %% ../nbs/14_widgets.ipynb #ea4b9237
 import html
@@ -18,8 +18,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import scipy.optimize
 import torch
-from ipywidgets import HTML, FloatLogSlider, GridBox, Image, IntSlider, Layout, Play, VBox, Widget, interactive
-from ipywidgets import jslink
+from ipywidgets import HTML, Button, ButtonStyle, FloatLogSlider, GridBox, Image, IntSlider, Layout, Play, VBox, Widget
+from ipywidgets import interactive, jslink
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor, nn
@@ -50,16 +50,28 @@ class Explorer(VBox):
         desk = Layout(grid_template_columns="repeat(auto-fill, 320px)")
         super().__init__([GridBox([shown(c) for c in self.controls.values()], layout=desk), self.message, self.picture])
 
+    def figure(self) -> Figure:
+        "The figure for the present values of the controls."
+        return self.draw(**{name: c.value for name, c in self.controls.items()})
+
     def drawn(self) -> bytes:
-        "The figure for the present values of the controls, as PNG."
+        "The same as PNG."
         buffer = io.BytesIO()
-        self.draw(**{name: c.value for name, c in self.controls.items()}).savefig(buffer, format="png")
+        self.figure().savefig(buffer, format="png")
         return buffer.getvalue()
 
     def update(self, change: dict | None = None) -> None:
         "Draw anew; where `draw` refuses the values, say why and leave the old picture."
         try: self.message.value, self.picture.value = "", self.drawn()
         except ValueError as e: self.message.value = f"<b>{html.escape(str(e))}</b>"
+
+    def choose(self, **values) -> None:
+        "Give some controls new values and draw once, not after each."
+        for name, value in values.items():
+            self.controls[name].unobserve(self.update, "value")
+            self.controls[name].value = value
+            self.controls[name].observe(self.update, "value")
+        self.update()
 
     def _repr_png_(self) -> bytes: return bytes(self.picture.value)
 
@@ -294,6 +306,40 @@ def draw_posterior(solution: Solution,
     axes[3].legend(fontsize=7)
     small_text(axes[3])
     return fig
+
+# %% ../nbs/14_widgets.ipynb #c11c0002
+def clickable(explorer: Explorer, # its figure begins with an image
+              row: str, column: str, # the two controls that a click into this image sets
+             ) -> Explorer: # the same
+    "Cover the first image of an explorer with buttons that cannot be seen."
+    for name in (row, column):
+        if name not in explorer.controls: raise ValueError(f"{name!r} is no control; choose of {[*explorer.controls]}")
+    figure, picture = explorer.figure(), explorer.picture
+    if not figure.axes[0].images: raise ValueError("explorer: its figure must begin with an image, to be clicked")
+    figure.draw_without_rendering() # only now the image is in its place
+    left, bottom, width, height = figure.axes[0].get_position().bounds
+    shape = figure.axes[0].images[0].get_array().shape
+    rows, columns = ([(2 * i + 1) * n // (2 * min(n, 32)) for i in range(min(n, 32))] for n in shape)
+    flat, unseen = Layout(width="auto", height="auto", min_width="0", margin="0", padding="0"), ButtonStyle()
+    unseen.button_color = "transparent"
+    def button(place):
+        name = ", ".join(f"{k} {v}" for k, v in place.items())
+        made = Button(tooltip=name, tabbable=False, layout=flat, style=unseen)
+        made.on_click(lambda _: explorer.choose(**place))
+        return made
+    picture.layout.margin, picture.layout.grid_area = "0", "1 / 1 / 4 / 4"
+    over = dict(grid_area="2 / 2 / 3 / 3", height="0", min_height="100%") # as high as the image, not as its buttons
+    board = GridBox([button({row: r, column: c}) for r in rows for c in columns],
+                    layout=Layout(**tracks([1] * len(rows), [1] * len(columns)), **over))
+    frame = tracks([1 - bottom - height, height, bottom], [left, width, 1 - left - width])
+    whole = GridBox([picture, board], layout=Layout(align_self="flex-start", **frame))
+    explorer.children = *explorer.children[:-1], whole
+    return explorer
+
+def tracks(rows: list[float], columns: list[float]) -> dict[str, str]:
+    "A layout of rows and columns in these proportions, whatever is in them."
+    sizes = dict(grid_template_rows=rows, grid_template_columns=columns)
+    return {name: " ".join(f"minmax(0, {100 * s:.3f}fr)" for s in part) for name, part in sizes.items()}
 
 # %% ../nbs/14_widgets.ipynb #e27bfc45
 def errors_of(solution: Solution, of: str, scale: float) -> tuple[Tensor, Tensor]: # errors and standard deviations

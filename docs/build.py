@@ -6,6 +6,7 @@
 A page is its notebook, with every exported cell shown as the signature, the docstring and the documented parameters
 of what it defines, and its source folded below. A `name` in backticks links to where it is defined. Links between
 notebooks and to files above nbs/ are written for the repository (`00_operators.ipynb`, `../LICENSE`) and carried over.
+The contents follow the tables of index.ipynb, in which every notebook must have its line.
 """
 import argparse
 import ast
@@ -171,6 +172,15 @@ def adapt(nb, names: dict, repository: str) -> None:
     if nb.begins_module_: cells.insert(1, mk_cell(f"```{{py:module}} {nb.module_}\n```", "markdown"))
     nb.cells = cells
 
+def contents(index, names: list) -> str:
+    "The tables of contents: chapters, then tutorials (from 50 on), in the order in which the index links to them."
+    text = "".join(cell.source for cell in index.cells if cell.cell_type == "markdown")
+    linked = dict.fromkeys(re.findall(r"\]\((\d\w*)\.ipynb\)", text))
+    if absent := [name for name in names if name not in linked]: raise ValueError(f"index.ipynb has no link to {absent}")
+    parts = {"The book": [n for n in linked if n < "50"], "Tutorials": [n for n in linked if n >= "50"]}
+    return "\n\n".join("\n".join([f"```{{toctree}}\n:hidden:\n:caption: {caption}\n", *map(page, part), "```"])
+                       for caption, part in parts.items())
+
 def html(out: Path, options: list) -> int:
     "Write the pages and run Sphinx over them."
     from sphinx.cmd.build import main
@@ -180,15 +190,13 @@ def html(out: Path, options: list) -> int:
     repository = f"{settings['git_url']}/blob/{settings['branch']}/"
     paths = [ROOT / "nbs/index.ipynb", *sorted(ROOT.glob("nbs/[0-9]*.ipynb"))]
     notebooks = [read(path) for path in paths]
-    names = known(notebooks)
+    names, toctrees = known(notebooks), contents(notebooks[0], [path.stem for path in paths[1:]])
     for part in ("pages", "doctrees", "html"): shutil.rmtree(out / part, ignore_errors=True)
     (out / "pages").mkdir(parents=True)
     for path, nb in zip(paths, notebooks):
         adapt(nb, names, repository)
         if path.stem != "index": nb.cells.insert(1, mk_cell(launch(path, settings), "markdown"))
-        else:
-            pages = "\n".join(page(p.stem) for p in paths[1:])
-            nb.cells.append(mk_cell(f"```{{toctree}}\n:hidden:\n\n{pages}\n```", "markdown"))
+        else: nb.cells.append(mk_cell(toctrees, "markdown"))
         write_nb(nb, out / "pages" / f"{page(path.stem)}.ipynb")
     return main(["-W", "--keep-going", "-q", "-c", str(ROOT / "docs"), "-d", str(out / "doctrees"), *options,
                  str(out / "pages"), str(out / "html")])

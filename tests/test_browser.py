@@ -1,7 +1,13 @@
 """The explorers as a person meets them, worked with the keyboard in a browser: a Voila app, and JupyterLab."""
+import base64
+import io
+
+import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 from browser import ROOT, By, chromium, errors, find, message, needs_chromium, picture, press, served, wait
 from execnb.nbio import read_nb, write_nb
+from matplotlib.colors import to_rgb
 from selenium.webdriver.common.keys import Keys
 
 pytestmark = needs_chromium
@@ -45,6 +51,38 @@ def test_every_control_answers(page, name):
         before = picture(box)
         wait(lambda: picture(box) != before, "the player stands still")
         play.send_keys(Keys.ENTER)
+
+
+def test_a_click_chooses_a_pixel(page):
+    "The sliders follow, and the square is drawn around the mouse, which on a narrower page is at the same place of it."
+    box, place = explorer(page, "places"), (21, 12)
+    pixels, image = find(box, ".widget-button"), find(box, "img.widget-image")[0]
+    assert len(pixels) == 32 * 32
+    row, column, radius, _ = find(box, ".noUi-handle")
+    radius.send_keys(Keys.END)  # a square that is large enough to be found
+    page.execute_script("arguments[0].scrollIntoView({block: 'center'})", image)
+    chosen, before = pixels[32 * place[0] + place[1]], picture(box)
+    chosen.click()
+    wait(lambda: picture(box) != before, "no new picture after a click")
+    def values(): return tuple(int(float(handle.get_attribute("aria-valuenow"))) for handle in (row, column))
+    wait(lambda: values() == place, "the sliders stay")
+    def under_the_mouse():
+        "The middle of the button from the corner of the picture: down, right, in units of its size."
+        button, frame = chosen.rect, image.rect
+        return [(button[o] + button[s] / 2 - frame[o]) / frame[s] for o, s in (("y", "height"), ("x", "width"))]
+    def square():
+        "The middle of what is orange in the first of the four images."
+        colours = plt.imread(io.BytesIO(base64.b64decode(image.screenshot_as_base64)))[..., :3]
+        found = np.nonzero((np.abs(colours - to_rgb("C1")).max(-1) < 0.3)[:, :colours.shape[1] // 5])
+        return [v.mean() / n if v.size else np.inf for v, n in zip(found, colours.shape)]
+    wide = under_the_mouse()
+    wait(lambda: np.abs(np.subtract(square(), wide)).max() < 0.02, "the square is elsewhere")  # a pixel is 0.021 high
+    full = image.rect["width"]
+    narrow = dict(width=500, height=900, deviceScaleFactor=1, mobile=False)
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", narrow)
+    wait(lambda: image.rect["width"] < 0.6 * full, "the picture does not shrink")
+    assert np.abs(np.subtract(under_the_mouse(), wide)).max() < 0.01  # places are rounded to a pixel of the screen
+    page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 def test_a_bad_value_gets_a_message(page):
