@@ -1,6 +1,6 @@
 """Does the equivariant bootstrap see errors that the linearised network does not?
 
-    python benchmarks/second_opinion.py [--nuts 3] [--size 48] [--draws 24] [--angles 18] [--noise 0.05] [--iterations 400]
+    python benchmarks/second_opinion.py [--nuts 3] [--size 48] [--draws 20] [--angles 18] [--noise 0.05] [--iterations 300]
 
 Simulated walnuts, a fan beam, a U-Net with 3 scales of 8 channels; all fits are those of `solve`, to the same projections.
 
@@ -103,10 +103,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nuts", type=int, default=3)
     parser.add_argument("--size", type=int, default=48)
-    parser.add_argument("--draws", type=int, default=24)
+    parser.add_argument("--draws", type=int, default=20)
     parser.add_argument("--angles", type=int, default=18)
     parser.add_argument("--noise", type=float, default=0.05)
-    parser.add_argument("--iterations", type=int, default=400)
+    parser.add_argument("--iterations", type=int, default=300)
     args = parser.parse_args()
     found = []
     for nut in range(args.nuts):
