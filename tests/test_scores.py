@@ -1,0 +1,60 @@
+"Conformal factors for numbers of any size, and the movements of the equivariant bootstrap."
+import importlib
+import math
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from dip_uq.calibration import conformal_factor
+
+sizes = st.tuples(st.integers(1, 40), st.integers(1, 9))  # images, pixels of each
+errors = sizes.flatmap(lambda shape: arrays(float, shape, elements=st.floats(-1e100, 1e100)))
+levels = st.integers(1, 99).map(lambda hundredths: Fraction(hundredths, 100))
+
+
+def factor(error, std, level): return conformal_factor(torch.from_numpy(error), std, float(level))
+
+
+@settings(deadline=None)
+@given(errors, levels, st.floats(1e-100, 1e100))
+def test_conformal_factor_holds_enough_errors_and_no_more(error, level, size):
+    m, n = error.shape
+    std = torch.full((m, n), size, dtype=torch.float64)
+    k = math.ceil(level * (m + 1) * n)  # exact, as the level is a fraction
+    if k > m * n:
+        with pytest.raises(ValueError, match=f"{m} images cannot promise .*; take {math.ceil(level / (1 - level))} or"):
+            factor(error, std, level)
+        return
+    scores, q = torch.from_numpy(error).abs() / std, factor(error, std, level)
+    assert int((scores <= q).sum()) >= k > int((scores < q).sum())
+
+
+@settings(deadline=None)
+@given(errors, st.integers(-300, 300))
+def test_conformal_interval_does_not_depend_on_the_length_of_the_bars(error, power):
+    error = 1 + abs(error) / 1e100  # away from the smallest and the largest numbers
+    std = torch.linspace(1, 2, error.size, dtype=torch.float64).view(error.shape)
+    q = factor(error, std, 0.3)
+    assert factor(error, 2.0**power * std, 0.3) == q / 2.0**power
+
+
+@given(arrays(float, (4, 7), elements=st.floats(-1, 1)), st.permutations(range(4)), st.permutations(range(7)))
+def test_order_is_irrelevant(error, images, pixels):
+    std = torch.ones(4, 7, dtype=torch.float64)
+    assert factor(error, std, 0.7) == factor(error[images][:, pixels], std, 0.7)
+
+
+@pytest.mark.parametrize("turns", range(4))
+@pytest.mark.parametrize("flip", (False, True))
+def test_movements_have_inverses(monkeypatch, turns, flip):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    bench = importlib.import_module("second_opinion")
+    image = torch.arange(30.0).view(5, 6)
+    how = turns, flip, [2, -1]
+    assert torch.equal(bench.move_back(bench.move(image, *how), *how), image)
+    assert torch.equal(bench.move(image, *how).flatten().sort()[0], image.flatten())
