@@ -46,6 +46,7 @@ class Laps:
         now, cpu = perf_counter(), process_time()
         self.seconds |= {f"seconds_{name}": now - self.wall, f"cpu_seconds_{name}": cpu - self.cpu}
         self.wall, self.cpu = now, cpu
+        print(name, {k: round(v, 1) for k, v in self.seconds.items() if k.endswith(f"_{name}")}, flush=True)
 
 
 def fit(lin, objective, blocks, noise_std, tv=False, chunk=8):
