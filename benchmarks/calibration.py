@@ -4,23 +4,23 @@
                                      [--scans walnut-3 walnut-4 disks shepp-logan ta tb] [--noise 0.05 0.02 0.1]
                                      [--shares 10 3 6] [--size 32] [--angles 20] [--few 5 8] [--iterations 600]
 
-A U-Net of 29.7 k weights (4 scales × 16 channels), all else as in `solve`. Four simulated images, fan beam, with each level of
+A U-Net of 29.7 k weights (4 scales × 16 channels), fitted as by `solve`, every 6th projection held out. Four simulated images, fan beam, with each level of
 noise; and two discs of the Helsinki Tomography Challenge 2022, whose noise nobody knows, with the published image of 720
 projections for the truth (in the folder DIP_UQ_DATA). One line of JSON for each scan and method; called again with the same
-file it goes on where it stopped, and prints the tables. All of it takes half an hour of one core; 64² pixels, a day.
+file it goes on where it stopped, and prints the tables. All of it takes about an hour of one core.
 
-choose  every 10th, 3rd, 6th projection held out; the hyperparameters by conditional evidence, rays jointly or ray by ray,
-        and for every 6th by the joint evidence and the paper's objective, with known or fitted noise
-refit   every 6th held out, as in all that follow. solve: the mean of DIP, moved by what is held out. again: a new fit to all
-        projections, with as many steps as were chosen. warm: 150 steps with all projections from the weights that were
-        chosen. For both, hyperparameters and correction are those of solve
-pixels  as choose, with errors of single pixels beside those of the network, of one variance, which the held-out rays choose
-        along with the others; and the new fit to all projections with these
+choose  every 10th, 3rd, 6th projection held out, no free pixels; the hyperparameters by conditional evidence, rays jointly or
+        ray by ray, and for every 6th by the joint evidence and the paper's objective, with known or fitted noise
+pixels  as choose, by conditional evidence, with free pixels: their variance chosen at once with the rest, or in turn, after it,
+        as `solve` does
+refit   no free pixels. solve: the mean of DIP, moved by what is held out. again: a new fit to all projections, with as many
+        steps as were chosen. warm: 150 steps with all projections from the weights that were chosen. For both,
+        hyperparameters and correction are those of solve
 few     refit with few projections; only with the first level of noise, as folds
 folds   as choose, for three sets of held-out projections, and with the mean log hyperparameters of the three fits
 blocks  as choose, with a variance and a length for each block of the network
-error   measured scans; the noise of the instrument (from all 720 projections), noise fitted, and with errors of the rays that
-        are correlated along the detector, of variance c², by exp(−bins / ρ), with the ρ of the highest evidence; and pixels
+error   measured scans; the noise of the instrument (from all 720 projections), noise fitted, with errors of the rays that are
+        correlated along the detector, of variance c², by exp(−bins / ρ), with the ρ of the highest evidence, or free pixels
 
 All figures are of the pixels in the field of view: z and coverage of 95 % of their errors, gain = log likelihood less that of
 the best constant bar, which only the truth can tell, PSNR. rays_z is that of the held-out rays; `_corrected` is with the bars
@@ -44,7 +44,7 @@ from dip_uq.calibration import check_held_out, coverage, log_likelihood, z_std
 from dip_uq.data import load_htc2022, shepp_logan, simulate, walnut
 from dip_uq.dip import psnr, reconstruct
 from dip_uq.evidence import Model, fitted_first, maximise, prior_of
-from dip_uq.linearization import Linearization, class_grams
+from dip_uq.linearization import FREE, Linearization, class_grams
 from dip_uq.networks import UNet
 from dip_uq.operators import field_of_view, mask
 from dip_uq.pretraining import disks, fan_scanner
@@ -96,7 +96,7 @@ class Fit:
     def posterior(self, evidence):
         "Mean (H, W) and covariance (pixels, pixels); as `Posterior`, but in terms of pixels."
         K, r = sum(w * G for w, G in zip(evidence.weights.tolist(), self.grams)), evidence.model.residual.clone()
-        K = K + evidence.prior.variance.get("pixels", 0.0) * torch.eye(len(K), dtype=K.dtype)
+        for name in ("pixels", FREE): K = K + evidence.prior.variance.get(name, 0.0) * torch.eye(len(K)).to(K)
         r[:evidence.model.training] = 0
         cross = torch.linalg.solve_triangular(evidence.factor, self.A @ K, upper=False)
         moved = torch.linalg.solve_triangular(evidence.factor, r[:, None], upper=False)[:, 0] @ cross
@@ -163,11 +163,9 @@ def refit(s):
 
 def pixels(s):
     fit = fitted(s)
-    evidence = maximise(with_block(fit.model, "pixels", fit.A @ fit.A.T), "conditional", fit.lin.recon.scan.noise_std)
-    yield dict(method="pixels", **fit.scores(evidence))
-    other = Fit(refits(fit.lin.recon)["again"]())
-    model = with_block(other.model, "pixels", other.A @ other.A.T)
-    yield dict(method="pixels, again", **other.scores(replace(evidence, model=model), 1.0))
+    for method, name in ("at once", "pixels"), ("in turn", FREE):
+        model = with_block(fit.model, name, fit.A @ fit.A.T)
+        yield dict(method=method, **fit.scores(maximise(model, "conditional", fit.lin.recon.scan.noise_std)))
 
 
 def folds(s):
@@ -214,8 +212,8 @@ def error(s):
     tried = {rho: maximise(model, "conditional", None) for rho, model in models.items()}
     rho = max(tried, key=lambda rho: tried[rho].value)
     yield dict(method="correlated errors", **fit.scores(tried[rho]), rho=rho, c=tried[rho].prior.variance["error"]**0.5)
-    wider = maximise(with_block(fit.model, "pixels", fit.A @ fit.A.T), "conditional", None)
-    yield dict(method="pixels", **fit.scores(wider))
+    wider = maximise(with_block(fit.model, FREE, fit.A @ fit.A.T), "conditional", None)
+    yield dict(method="free pixels", **fit.scores(wider))
 
 
 PARTS = dict(choose=choose, refit=refit, pixels=pixels, few=refit, folds=folds, blocks=blocks, error=error)
