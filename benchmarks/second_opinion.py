@@ -4,12 +4,12 @@
 
 Simulated walnuts, a fan beam, a U-Net with 3 scales of 8 channels; all fits are those of `solve`, to the same projections.
 
-linearised    `solve`: image and bars; and its bars before the correction by the held-out rays
+linearised    image and bars as by `solve`, from the network alone: no free pixels
 bootstrap     the image of the same fit; for each draw a new measurement of it is simulated, A x̂ + noise, and reconstructed
               from fresh weights to x̂*. The bars are the root mean squares of x̂* − x̂
 equivariant   as bootstrap, but the image is moved before the new measurement, and x̂* is moved back: by a random
               rotation by a multiple of 90°, a flip, and a shift of at most `REACH` pixels (Tachella and Pereyra 2023)
-both          the image of `solve`; the mean of the variances of linearised and equivariant
+both          the image of linearised; the mean of the variances of linearised and equivariant
 
 Walnuts and their moved copies both are walnuts. But the pixels that rays determine badly differ from one to the other,
 unless the movement is a symmetry of the scan: with 18 projections, a quarter turn is none.
@@ -27,12 +27,14 @@ import numpy as np
 import torch
 from scipy.stats import spearmanr
 
-from dip_uq.calibration import coverage, log_likelihood, z_std
+from dip_uq.calibration import check_held_out, coverage, log_likelihood, z_std
 from dip_uq.data import simulate, walnut
 from dip_uq.dip import psnr, reconstruct
+from dip_uq.evidence import fit_evidence
+from dip_uq.linearization import Linearization
 from dip_uq.networks import UNet
 from dip_uq.operators import fan_beam
-from dip_uq.pipeline import solve
+from dip_uq.posterior import Posterior
 
 REACH = 2  # pixels: the margin of air around a nut
 
@@ -57,6 +59,14 @@ def move_back(image, turns, flip, shift):
 def movements(n, seed):
     rng = np.random.default_rng(seed)
     return [(int(rng.integers(4)), bool(rng.integers(2)), rng.integers(-REACH, REACH + 1, 2).tolist()) for _ in range(n)]
+
+
+def linearised(scan, net, fit):
+    "The fit, the image, and the bars with the correction by held-out rays."
+    recon = reconstruct(scan, net, stop="heldout", progress=False, **fit)
+    evidence = fit_evidence(Linearization(recon), progress=False)
+    posterior = Posterior(evidence, check_held_out(evidence).correction)
+    return recon, posterior.mean, posterior.std()
 
 
 def bootstrap(recon, net, fit, moved):
@@ -87,15 +97,13 @@ def one(nut, args):
     "Method → marks, and the seconds of each."
     scan, net = simulate(walnut(args.size, nut), instrument(args.size, args.angles), args.noise, seed=nut), UNet(3, 8)
     fit = dict(iterations=args.iterations, learning_rate=2e-3)
-    solution, seconds = timed(solve, scan, net, progress=False, **fit)
+    (recon, image, std), seconds = timed(linearised, scan, net, fit)
     still, moved = [(0, False, [0, 0])] * args.draws, movements(args.draws, nut)
-    (plain, plain_s), (turned, turned_s) = (timed(bootstrap, solution.recon, net, fit, how) for how in (still, moved))
+    (plain, plain_s), (turned, turned_s) = (timed(bootstrap, recon, net, fit, how) for how in (still, moved))
     plain, turned = (errors.square().mean(0).sqrt() for errors in (plain, turned))
-    forecasts = {"linearised": (solution.image, solution.std, seconds),
-                 "linearised, raw": (solution.image, solution.raw_std, seconds),
-                 "bootstrap": (solution.recon.image, plain, plain_s),
-                 "equivariant": (solution.recon.image, turned, turned_s),
-                 "both": (solution.image, ((solution.std**2 + turned**2) / 2).sqrt(), seconds + turned_s)}
+    forecasts = {"linearised": (image, std, seconds), "bootstrap": (recon.image, plain, plain_s),
+                 "equivariant": (recon.image, turned, turned_s),
+                 "both": (image, ((std**2 + turned**2) / 2).sqrt(), seconds + turned_s)}
     return {name: marks(image, std, scan.truth) | dict(seconds=s) for name, (image, std, s) in forecasts.items()}
 
 
