@@ -51,8 +51,8 @@ class HeldOutCheck:
 
     @property
     def correction(self) -> float:
-        "The scale where it differs from 1 by more than two of its standard errors; otherwise 1: chance is no reason."
-        return self.scale if abs(self.scale - 1) > 2 * self.scale_error else 1.0
+        "The scale where it is above 1 by more than two of its standard errors; otherwise 1: bars are never shortened."
+        return self.scale if self.scale > 1 + 2 * self.scale_error else 1.0
 
 def held_out_errors(evidence: Evidence, scale: float = 1.0) -> tuple[Tensor, Tensor]: # both (held-out rays,), float64
     "r_h = y_h − A_h x̂ and the standard deviation that diag(s² A_h Σ_{x|y_t} A_hᵀ) + σ_y² predicts; y_t: fitted rays."
