@@ -7,6 +7,7 @@ __all__ = ['Solution', 'peak_memory_mb', 'versions', 'solve', 'draw_report', 'dr
            'small_text', 'headline']
 
 # %% ../nbs/12_pipeline.ipynb #30acd72a
+import io
 import json
 import platform
 import sys
@@ -111,7 +112,7 @@ class Solution:
 
     def save(self, folder: str | Path) -> None:
         """Write summary.json, report.png, result.safetensors (image, std, raw_std), posterior.safetensors (see
-        `Posterior.load`), and for other programs image.tif and std.tif (float32) to `folder`.
+        `Posterior.load`), and for other programs image.tif, std.tif and samples.npz (16 posterior images) to `folder`.
 
         A posterior that cannot be saved raises TypeError, and nothing is written.
         """
@@ -120,6 +121,9 @@ class Solution:
         self.posterior.save(folder / "posterior.safetensors")
         save_tensors(folder / "result.safetensors", tensors, summary)
         for name in ("image", "std"): tifffile.imwrite(folder / f"{name}.tif", tensors[name].cpu().numpy())
+        with io.BytesIO() as samples:
+            np.savez(samples, samples=self.posterior.sample(16).cpu().numpy())
+            write_whole(folder / "samples.npz", samples.getvalue())
         write_whole(folder / "summary.json", json.dumps(summary, indent=2).encode())
         page.savefig(folder / "report.png", dpi=140)
 
