@@ -164,7 +164,8 @@ def log_parameters(model: Model, noise_std: float | None) -> tuple[np.ndarray, l
     traces, power = {b: float(grams[0].trace()) / model.count for b, (_, grams) in model.grams.items()}, model.power
     network = sum(size for block, size in traces.items() if block != FREE)
     sizes = np.array([traces[block] if block == FREE else network for block in model.blocks])
-    if not network > 0: raise ValueError("model.rows: AJ is zero, so no weight moves any ray; fit the network for longer")
+    if not network > 0:
+        raise ValueError("model.rows: AJ is zero, so no weight moves any ray; fit the network for longer")
     if not power > 0:
         raise ValueError("model.residual: the image explains every ray exactly (y − A x̂ = 0), so nothing "
                          "tells how large weights and noise are; hold out projections before fitting")
@@ -373,8 +374,9 @@ def maximise(model: Model,
         history.clear()
         if FREE not in model.blocks: return search(start, correction)
         free = list(model.blocks).index(FREE)
-        first = search(np.where(np.arange(len(start)) == free, bounds[free][0], start), correction, {free})
-        second = search(np.where(np.arange(len(start)) == free, start, first.x), correction, {*range(2 * b)} - {free})
+        where = np.arange(len(start)) == free
+        first = search(np.where(where, bounds[free][0], start), correction, {free})
+        second = search(np.where(where, start, first.x), correction, {*range(2 * b)} - {free})
         return min(first, second, key=lambda found: found.fun)
     try:
         found = searches(start, None)
