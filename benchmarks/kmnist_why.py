@@ -7,11 +7,10 @@ hyperparameters   MLL and TV-MAP as they are; with the true noise; with the way 
                   in place of the weights; in a box with 100 times the largest variance and a tenth of the shortest
                   length; and the joint evidence
 sigmoid           the same network without a sigmoid at its end, so that no pixel is blind
-pixels            `solve` with independent errors of the pixels, of one variance, beside those of the network: the
-                  held-out rays choose it. No floor is added then
+pixels            the network alone, and `solve`, which adds free pixels; no floor is added
 
 One line each: log likelihood per pixel, z of all pixels and of those with bars above the floor, share of blind pixels,
-PSNR. Of the correction by held-out rays also the standard error of its factor.
+PSNR.
 """
 import argparse
 import math
@@ -21,7 +20,7 @@ from unittest.mock import patch
 import torch
 from kmnist import PIXELS, Case, floor, scores
 
-from dip_uq.evidence import best_weights, log_parameters, maximise, prior_of
+from dip_uq.evidence import best_weights, log_parameters, maximise
 from dip_uq.networks import UNet, fresh
 from dip_uq.posterior import Posterior
 
@@ -33,9 +32,9 @@ def show(name, case, middle, C, least=None, **more):
           flush=True)
 
 
-def fitted(name, case, evidence, **more):
+def fitted(name, case, evidence, least=None, **more):
     ratio = evidence.noise_std / case.scan.noise_std
-    show(name, case, *Posterior(evidence).predict(PIXELS), noise=ratio, **more)
+    show(name, case, *Posterior(evidence).predict(PIXELS), least, noise=ratio, **more)
 
 
 def hyperparameters(case):
@@ -66,43 +65,12 @@ def sigmoid(case):
     for name in ("mll", "tv-map"):
         tv = other.tv if name == "tv-map" else None
         fitted(f"{name}, no sigmoid", other, maximise(other.model, "paper", None, tv=tv))
-    fitted("solve-raw, no sigmoid", other, other.solution.posterior.evidence)
-
-
-def with_pixels(model):
-    "The model with one more block: the image itself, seen by A."
-    A = torch.from_numpy(model.operator.matrix.toarray()).double()
-    own = torch.zeros(1, dtype=torch.float64), (A @ A.T)[None]
-    return replace(model, blocks=model.blocks | {"pixels": []}, grams=model.grams | {"pixels": own})
-
-
-def predict_with_pixels(evidence):
-    "Mean and covariance of all pixels, from K_xx and K_xy with their own variance added."
-    model, prior = evidence.model, evidence.prior
-    A, c, lin = torch.from_numpy(model.operator.matrix.toarray()).double(), prior.variance["pixels"], model.lin
-    J = lin.rows(PIXELS)
-    moved = prior.apply(lin, J)
-    cross = torch.linalg.solve_triangular(evidence.factor, (model.rows @ moved.T).double() + c * A, upper=False)
-    r = model.residual.clone()
-    r[:model.training] = 0
-    shift = cross.T @ torch.linalg.solve_triangular(evidence.factor, r[:, None], upper=False)[:, 0]
-    C = (J @ moved.T).double() + c * torch.eye(len(J)) - cross.T @ cross
-    return lin.recon.image + shift.view(28, 28).to(lin.recon.image), C
+    fitted("network, no sigmoid", other, other.alone)
 
 
 def pixels(case):
-    evidence, check = case.solution.posterior.evidence, case.solution.check
-    fitted("solve-raw", case, evidence, scale=check.scale, error=check.scale_error)
-    wider = maximise(with_pixels(evidence.model), "conditional", case.scan.noise_std)
-    more = dict(pixel_std=wider.prior.variance["pixels"]**0.5, gain=wider.value - evidence.value)
-    show("solve-raw with pixels, no floor", case, *predict_with_pixels(wider), 0.0, **more)
-    b = len(case.model.blocks)
-    for found, model in (evidence, case.model), (wider, with_pixels(case.model)):
-        names = ["all"] * b + ["pixels"] * (found is wider)
-        prior = prior_of(model, *([h[name] for name in names] for h in (found.prior.variance, found.prior.length)))
-        other = replace(found, model=model, prior=prior)
-        if found is evidence: fitted("carried", case, other)
-        else: show("carried with pixels, no floor", case, *predict_with_pixels(other), 0.0)
+    for name, evidence in (("network", case.alone), ("solve", case.solution.posterior.evidence)):
+        fitted(f"{name}, no floor", case, evidence, 0.0, evidence=evidence.value)
 
 
 CHANGES = dict(hyperparameters=hyperparameters, sigmoid=sigmoid, pixels=pixels)

@@ -1,5 +1,4 @@
 "The benchmarks on error bars go on where they stopped, and their figures are those of independent formulas."
-import copy
 import importlib
 import json
 import math
@@ -14,12 +13,8 @@ import pytest
 import torch
 from scipy.stats import multivariate_normal
 
-from dip_uq.data import simulate, walnut
-from dip_uq.dip import reconstruct
-from dip_uq.evidence import Model, maximise
-from dip_uq.linearization import Linearization
-from dip_uq.networks import UNet
-from dip_uq.operators import parallel_beam
+from dip_uq.data import walnut
+from dip_uq.evidence import maximise
 from dip_uq.posterior import Posterior
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
@@ -30,11 +25,6 @@ DATA = Path(os.environ.get("DIP_UQ_DATA", "")) / "kmnist/kmnist_test_first50.npz
 def kmnist(monkeypatch):
     monkeypatch.syspath_prepend(FOLDER)
     return importlib.import_module("kmnist")
-
-
-@pytest.fixture
-def why(kmnist):
-    return importlib.import_module("kmnist_why")
 
 
 @pytest.fixture
@@ -80,28 +70,6 @@ def test_a_table_holds_mean_and_standard_error(kmnist, capsys):
     lines = [dict(angles=5, noise=0.05, method="mll", z=z) for z in (1.0, 2.0, 4.5)]
     kmnist.table(lines, [(5, 0.05), (10, 0.05)], ["mll"], "z")
     assert "| 5, 5% | 2.500 ± 1.041 |\n| 10, 5% | – |" in capsys.readouterr().out
-
-
-def test_errors_of_single_pixels_beside_those_of_the_network(why):
-    "Against the conditional mean and covariance of the joint Gaussian of pixels and rays, by dense matrices."
-    A = parallel_beam(np.linspace(0, np.pi, 6, endpoint=False), (28, 28), 41)
-    scan = simulate(walnut(28), A, 0.05).hold_out(1)
-    recon = reconstruct(scan, UNet(2, 4, 2), iterations=60, stop="heldout", progress=False)
-    net = copy.deepcopy(recon.net).double()
-    with torch.no_grad(): image = recon.scale * net(recon.z.double())[0, 0]
-    lin = Linearization(replace(recon, net=net, z=recon.z.double(), image=image))
-    evidence = maximise(why.with_pixels(Model.build(lin)), "conditional", scan.noise_std)
-    prior, t = evidence.prior, evidence.model.training
-    J = lin.vjp(torch.eye(784).double().view(-1, 28, 28))
-    K = torch.block_diag(*(torch.kron(torch.eye(c.weight[..., 0, 0].numel()).double(), prior.kernel(lin, name))
-                           for name, c in lin.convs.items()))
-    S = J @ K @ J.T + prior.variance["pixels"] * torch.eye(784)
-    M = torch.from_numpy(evidence.model.operator.matrix.toarray()).double()
-    r = torch.cat([torch.zeros(t).double(), evidence.model.residual[t:]])
-    gain = torch.linalg.solve(M @ S @ M.T + scan.noise_std**2 * torch.eye(len(M)), M @ S).T
-    middle, C = why.predict_with_pixels(evidence)
-    assert torch.allclose(C, S - gain @ M @ S, atol=1e-6)
-    assert torch.allclose(middle.flatten(), image.flatten() + gain @ r, atol=1e-6)
 
 
 def test_calibration_goes_on_where_it_stopped(calibration, tmp_path, monkeypatch, capsys):

@@ -11,9 +11,9 @@ from dip_uq.calibration import check_held_out
 from dip_uq.data import Scan, simulate
 from dip_uq.dip import reconstruct
 from dip_uq.evidence import fit_evidence, maximise
-from dip_uq.linearization import Linearization
+from dip_uq.linearization import FREE, Linearization
 from dip_uq.networks import UNet
-from dip_uq.operators import as_operator, fan_beam
+from dip_uq.operators import as_operator, fan_beam, mask
 from dip_uq.posterior import Posterior
 
 ANGLES, BINS = 8, 20
@@ -192,3 +192,22 @@ def test_any_operator_will_do():
     posterior = Posterior(fit_evidence(Linearization(recon), progress=False))
     assert posterior.std().isfinite().all() and (posterior.std() > 0).all()
     assert posterior.predict(A)[1].shape == (120, 120)
+
+
+def test_free_pixels_against_dense_matrices(recon):
+    "The conditional mean and covariance of the joint Gaussian of pixels and rays, the free pixels as σ² I."
+    evidence, plain = fit_evidence(Linearization(recon, free_pixels=True), progress=False), Linearization(recon)
+    prior, t = replace(evidence.prior, variance=evidence.prior.variance | {FREE: 0.01}), evidence.model.training
+    evidence = replace(evidence, prior=prior)
+    J = plain.vjp(torch.eye(256).double().view(-1, 16, 16))
+    K = torch.block_diag(*(torch.kron(torch.eye(c.weight[..., 0, 0].numel()).double(), prior.kernel(plain, name))
+                           for name, c in plain.convs.items()))
+    S = J @ K @ J.T + 0.01 * recon.scale**2 * torch.eye(256)
+    M = torch.from_numpy(evidence.model.operator.matrix.toarray()).double()
+    r = torch.cat([torch.zeros(t).double(), evidence.model.residual[t:]])
+    gain = torch.linalg.solve(M @ S @ M.T + evidence.noise_std**2 * torch.eye(len(M)), M @ S).T
+    posterior = Posterior(evidence)
+    middle, C = posterior.predict(mask(torch.ones(16, 16, dtype=torch.bool)))
+    assert torch.allclose(C, S - gain @ M @ S, atol=1e-6)
+    assert torch.allclose(middle.flatten(), recon.image.flatten() + gain @ r, atol=1e-6)
+    assert torch.allclose(posterior.std().flatten(), C.diagonal().sqrt(), atol=1e-6)
