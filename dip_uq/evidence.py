@@ -172,8 +172,8 @@ def log_parameters(model: Model, noise_std: float | None) -> tuple[np.ndarray, l
     b = len(model.blocks)
     largest = np.log(10 * float(model.lin.recon.scan.measurement.square().mean()) / sizes)
     first = np.minimum(np.log(10 * power / sizes), largest)
-    start = [*first] + [0.0] * b
-    bounds = [*zip(first - 14, largest)] + [(math.log(0.1), math.log(30))] * b
+    start = first.tolist() + [0.0] * b
+    bounds = [*zip((first - 14).tolist(), largest.tolist())] + [(math.log(0.1), math.log(30))] * b
     if noise_std is None:
         start.append(math.log(power / 2))
         bounds.append((math.log(power) - 10, math.log(power) + 3))
