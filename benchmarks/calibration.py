@@ -4,27 +4,30 @@
                                      [--scans walnut-3 walnut-4 disks shepp-logan ta tb] [--noise 0.05 0.02 0.1]
                                      [--shares 10 3 6] [--size 32] [--angles 20] [--few 5 8] [--iterations 600]
 
-A U-Net of 29.7 k weights (4 scales × 16 channels), fitted as by `solve`, every 6th projection held out. Four simulated images, fan beam, with each level of
-noise; and two discs of the Helsinki Tomography Challenge 2022, whose noise nobody knows, with the published image of 720
-projections for the truth (in the folder DIP_UQ_DATA). One line of JSON for each scan and method; called again with the same
-file it goes on where it stopped, and prints the tables. All of it takes about an hour of one core.
+A U-Net of 29.7 k weights (4 scales × 16 channels), fitted as by `solve`, every 6th projection held out. Four
+simulated images, fan beam, with each level of noise; and two discs of the Helsinki Tomography Challenge 2022, whose
+noise nobody knows, with the published image of 720 projections for the truth (in the folder DIP_UQ_DATA). One line of
+JSON for each scan and method; called again with the same file it goes on where it stopped, and prints the tables. All
+of it takes about an hour of one core.
 
-choose  every 10th, 3rd, 6th projection held out, no free pixels; the hyperparameters by conditional evidence, rays jointly or
-        ray by ray, and for every 6th by the joint evidence and the paper's objective, with known or fitted noise
-pixels  as choose, by conditional evidence, with free pixels: their variance chosen at once with the rest, or in turn, after it,
-        as `solve` does
-refit   no free pixels. solve: the mean of DIP, moved by what is held out. again: a new fit to all projections, with as many
-        steps as were chosen. warm: 150 steps with all projections from the weights that were chosen. For both,
-        hyperparameters and correction are those of solve
+choose  every 10th, 3rd, 6th projection held out, no free pixels; the hyperparameters by conditional evidence, rays
+        jointly or ray by ray, and for every 6th by the joint evidence and the paper's objective, with known or fitted
+        noise
+pixels  as choose, by conditional evidence, with free pixels: their variance chosen at once with the rest, or in turn,
+        after it, as `solve` does
+refit   no free pixels. solve: the mean of DIP, moved by what is held out. again: a new fit to all projections, with
+        as many steps as were chosen. warm: 150 steps with all projections from the weights that were chosen. For
+        both, hyperparameters and correction are those of solve
 few     refit with few projections; only with the first level of noise, as folds
 folds   as choose, for three sets of held-out projections, and with the mean log hyperparameters of the three fits
 blocks  as choose, with a variance and a length for each block of the network
-error   measured scans; the noise of the instrument (from all 720 projections), noise fitted, with errors of the rays that are
-        correlated along the detector, of variance c², by exp(−bins / ρ), with the ρ of the highest evidence, or free pixels
+error   measured scans; the noise of the instrument (from all 720 projections), noise fitted, with errors of the rays
+        that are correlated along the detector, of variance c², by exp(−bins / ρ), with the ρ of the highest evidence,
+        or free pixels
 
-All figures are of the pixels in the field of view: z and coverage of 95 % of their errors, gain = log likelihood less that of
-the best constant bar, which only the truth can tell, PSNR. rays_z is that of the held-out rays; `_corrected` is with the bars
-as they have corrected them. off is how far z is from 1, |log z|.
+All figures are of the pixels in the field of view: z and coverage of 95 % of their errors, gain = log likelihood less
+that of the best constant bar, which only the truth can tell, PSNR. rays_z is that of the held-out rays; `_corrected`
+is with the bars as they have corrected them. off is how far z is from 1, |log z|.
 """
 import argparse
 import json
@@ -226,7 +229,8 @@ def tasks(args):
             noise = None if name in MEASURED else level
             if noise is None and level != args.noise[0]: continue
             for part in args.parts:
-                if part == "error" and noise is not None or part in ("few", "folds") and level != args.noise[0]: continue
+                if part == "error" and noise is not None: continue
+                if part in ("few", "folds") and level != args.noise[0]: continue
                 for angles in args.few if part == "few" else [args.angles]:
                     for share in args.shares if part == "choose" else [6]:
                         yield part, Setting(name, noise, angles, share, args.size, args.iterations)
@@ -235,8 +239,10 @@ def tasks(args):
 def table(lines, keys):
     "Median over the scans, in brackets the lowest and the highest, for each method in each setting."
     groups = {}
-    for d in lines: groups.setdefault(tuple(d[k] for k in ("part", "share", "angles", "kind", "method")), []).append(d)
-    print("| part | 1 in | projections | scans | method | " + " | ".join(keys) + " |\n" + "|---" * (5 + len(keys)) + "|")
+    about = "part", "share", "angles", "kind", "method"
+    for d in lines: groups.setdefault(tuple(d[k] for k in about), []).append(d)
+    print("| part | 1 in | projections | scans | method | " + " | ".join(keys) + " |")
+    print("|---" * (5 + len(keys)) + "|")
     for (part, share, angles, kind, method), found in groups.items():
         cells = []
         for values in ([d[key] for d in found if d.get(key) is not None] for key in keys):

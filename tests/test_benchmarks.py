@@ -117,6 +117,7 @@ def test_evidence_ray_by_ray(calibration):
     t, r = fit.model.training, fit.model.residual.numpy()
     K = fit.model.covariance(fit.model.weights(torch.tensor([0.01]), torch.tensor([1.0])).double(), 0.3)
     found = float(calibration.by_ray(fit.model)(K, None, None, None))
-    def log_p(rays): return multivariate_normal.logpdf(np.where(rays < t, 0, r[rays]), cov=K.numpy()[np.ix_(rays, rays)])
+    def log_p(rays):
+        return multivariate_normal.logpdf(np.where(rays < t, 0, r[rays]), cov=K.numpy()[np.ix_(rays, rays)])
     fitted = np.arange(t)
     assert found == pytest.approx(sum(log_p(fitted) - log_p(np.append(fitted, i)) for i in range(t, len(r))), rel=1e-6)
