@@ -78,5 +78,5 @@ def test_in_the_browser(site):
             assert page.execute_script("return document.documentElement.scrollWidth") <= width
         page.get(f"{address}/search.html?q=load_scan")
         results = wait(lambda: find(page, "#search-results li a"), "nothing found")
-        assert results[0].get_attribute("href").split("?")[0].split("#")[0].endswith("/data.html")
+        assert results[0].get_attribute("href").split("?")[0].split("#")[0].endswith("/datasets.html")
         assert not browser.errors(page)
