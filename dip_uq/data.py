@@ -379,14 +379,14 @@ def load_scan(path: str | Path,  # .npz in the documented layout, or htc2022_…
              ) -> Scan:
     """Read a scan from a file; raises ValueError or TypeError, with file and field, for everything malformed.
 
-    Layout of .npz: `measurement` (angles, bins), `angles` in degrees, `geometry` "parallel" or "fan", `bin_size`,
-    `pixel_size`, `size`; for "fan" also `source_origin` and `origin_detector`; optional `truth` (size, size),
+    Layout of .npz: `measurement` (angles, bins), line integrals, `angles` in degrees, `geometry` "parallel" or "fan",
+    `bin_size`, `pixel_size`, `size`; for "fan" also `source_origin` and `origin_detector`; optional `truth` (size, size),
     `noise_std`, `held_out`, `unit`, `name`. Where bins are averaged, `noise_std` is divided by the square root of their
     number; `held_out` counts the stored projections, so it is left out when `angles` is given.
     """
     path = _open(path)
-    if path.suffix == ".npz": return _scan_from(_read_npz(path), str(path), angles, size, bins)
-    if path.suffix != ".mat": raise ValueError(f"{path} ends in {path.suffix!r}; use .npz, or .mat of HTC 2022")
+    if path.suffix.lower() == ".npz": return _scan_from(_read_npz(path), str(path), angles, size, bins)
+    if path.suffix.lower() != ".mat": raise ValueError(f"{path} ends in {path.suffix!r}; use .npz, or .mat of HTC 2022")
     given: dict[str, Any] = dict(angles=angles, size=size, bins=bins)
     return load_htc2022(path, **{key: value for key, value in given.items() if value is not None})
 

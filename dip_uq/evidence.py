@@ -453,11 +453,11 @@ def check_evidence(lin: Linearization, objective: str, method: str | None, tv: b
                          "it needs objective='joint', tv=False and scan.noise_std; take another method for the rest")
 
 def exact_bytes(lin: Linearization, shared: bool) -> float:
-    "Rows of AJ and all Grams, and what comes and goes: three K_yy, or one and a block's rows twice in float64."
+    "Rows of AJ and all Grams, and what comes and goes: four K_yy, or two and a block's rows twice in float64."
     n, widest = lin.recon.scan.measurement.numel(), max(lin.sizes)
     grams = sum(len(tap_distances(lin.convs[names[0]].kernel_size)[0])
                 for names in (one_block if shared else network_blocks)(lin).values())
-    return n * (lin.parameters * lin.recon.z.element_size() + 16 * max(widest, n)) + 8 * n**2 * (grams + 1)
+    return n * (lin.parameters * lin.recon.z.element_size() + 16 * max(widest, n)) + 8 * n**2 * (grams + 2)
 
 def draw_rays(lin: Linearization,
               tolerance: float, # share of ‖AJ‖_F outside their span at which they are enough

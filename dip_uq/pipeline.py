@@ -94,9 +94,11 @@ class Solution:
                     spearman=float(spearmanr(error.abs().cpu(), std.cpu())[0]))
 
     def image_scores(self) -> dict:
-        "PSNR (peak: range of the truth) and SSIM of the image, and the PSNR of FBP and of DIP before the update."
+        """PSNR (peak: range of the truth) and SSIM of the image, and the PSNR of FBP and of DIP before the update; None
+        without truth, and where it is constant.
+        """
         truth = self.scan.truth
-        if truth is None: return dict.fromkeys(("psnr", "psnr_dip", "psnr_fbp", "ssim", "field_of_view"))
+        if truth is None or truth.max() == truth.min(): return dict.fromkeys(("psnr", "psnr_dip", "psnr_fbp", "ssim", "field_of_view"))
         span = float(truth.max() - truth.min())
         ssim = structural_similarity(truth.cpu().numpy(), self.image.cpu().numpy(), data_range=span)
         seen = field_of_view(self.scan.operator).to(truth.device)
