@@ -380,9 +380,9 @@ def load_scan(path: str | Path,  # .npz in the documented layout, or htc2022_…
     """Read a scan from a file; raises ValueError or TypeError, with file and field, for everything malformed.
 
     Layout of .npz: `measurement` (angles, bins), line integrals, `angles` in degrees, `geometry` "parallel" or "fan",
-    `bin_size`, `pixel_size`, `size`; for "fan" also `source_origin` and `origin_detector`; optional `truth` (size, size),
-    `noise_std`, `held_out`, `unit`, `name`. Where bins are averaged, `noise_std` is divided by the square root of their
-    number; `held_out` counts the stored projections, so it is left out when `angles` is given.
+    `bin_size`, `pixel_size`, `size`; for "fan" also `source_origin` and `origin_detector`; optional `truth` (size,
+    size), `noise_std`, `held_out`, `unit`, `name`. Where bins are averaged, `noise_std` is divided by the square root
+    of their number; `held_out` counts the stored projections, so it is left out when `angles` is given.
     """
     path = _open(path)
     if path.suffix.lower() == ".npz": return _scan_from(_read_npz(path), str(path), angles, size, bins)
