@@ -98,7 +98,8 @@ class Solution:
         without truth, and where it is constant.
         """
         truth = self.scan.truth
-        if truth is None or truth.max() == truth.min(): return dict.fromkeys(("psnr", "psnr_dip", "psnr_fbp", "ssim", "field_of_view"))
+        if truth is None or truth.max() == truth.min():
+            return dict.fromkeys(("psnr", "psnr_dip", "psnr_fbp", "ssim", "field_of_view"))
         span = float(truth.max() - truth.min())
         ssim = structural_similarity(truth.cpu().numpy(), self.image.cpu().numpy(), data_range=span)
         seen = field_of_view(self.scan.operator).to(truth.device)
