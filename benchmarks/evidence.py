@@ -5,7 +5,7 @@
 kmnist28     28² pixels, 20 angles, 820 rays, a U-Net of 76.6 k weights, a variance and a length for each block, TV prior,
              noise unknown: the setting of arXiv:2203.00479
 lowrank128   128² pixels, 4,200 rays, U-Net 5 × 32: exact, and bases of 200 to 600 draws, seconds and log evidence, also the
-             exact one at the hyperparameters that a basis found; 500 draws: within 0.1 % in a fifth of the time
+             exact one at the hyperparameters that a basis found; 500 draws: within 0.1 % in a quarter to a fifth of the time
 growth       seconds for more rays, pixels and weights, and the exponents of the power laws through them
 largest      11,070 rays, which take 13 GB
 methods      the four methods of `fit_evidence` on 16² pixels; a figure, evidence over evaluations and seconds, beside FILE

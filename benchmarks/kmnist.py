@@ -96,7 +96,7 @@ class Case:
     def tv(self): return self.timed("tv", TVPrior.build, self.lin, self.model.blocks)
 
     @cached_property
-    def solution(self):  # one sample for its bars, which are not used: `solved` computes them all, with covariances
+    def solution(self):  # one sample for its bars, which are not used: `conditional` computes them all, with covariances
         return self.timed("solve", solve, self.scan, self.net, samples=1, progress=False, **self.fit)
 
     @cached_property
