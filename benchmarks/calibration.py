@@ -11,19 +11,18 @@ JSON for each scan and method; called again with the same file it goes on where 
 of it takes about an hour of one core.
 
 choose  every 10th, 3rd, 6th projection held out, no free pixels; the hyperparameters by conditional evidence, rays
-        jointly or ray by ray, and for every 6th by the joint evidence and the paper's objective, with known or fitted
-        noise
+        jointly or ray by ray, and for every 6th by the joint evidence and the paper's objective, with the noise that
+        `fit_evidence` takes, or with noise that the evidence chooses
 pixels  as choose, by conditional evidence, with free pixels: their variance chosen at once with the rest, or in turn,
-        after it, as `solve` does
-refit   no free pixels. solve: the mean of DIP, moved by what is held out. again: a new fit to all projections, with
-        as many steps as were chosen. warm: 150 steps with all projections from the weights that were chosen. For
-        both, hyperparameters and correction are those of solve
+        after it, as `solve` does; that also as if the noise were unknown
+refit   solve: the mean of DIP, moved by what is held out. again: a new fit to all projections, with as many steps as
+        were chosen. warm: 150 steps with all projections from the weights that were chosen. For both, hyperparameters
+        and correction are those of solve
 few     refit with few projections; only with the first level of noise, as folds
-folds   as choose, for three sets of held-out projections, and with the mean log hyperparameters of the three fits
-blocks  as choose, with a variance and a length for each block of the network
-error   measured scans; the noise of the instrument (from all 720 projections), noise fitted, with errors of the rays
-        that are correlated along the detector, of variance c², by exp(−bins / ρ), with the ρ of the highest evidence,
-        or free pixels
+folds   as `solve`, for three sets of held-out projections, and with the mean log hyperparameters of the three fits
+blocks  with a variance and a length for each block of the network, without and with free pixels
+error   measured scans; the noise of the instrument (from all 720 projections), that of the fitted rays, errors of rays
+        of variance c², correlated along the detector by exp(−bins / ρ), with the ρ of highest evidence, or free pixels
 
 All figures are of the pixels in the field of view: z and coverage of 95 % of their errors, gain = log likelihood less
 that of the best constant bar, which only the truth can tell, PSNR. rays_z is that of the held-out rays; `_corrected`
@@ -46,7 +45,7 @@ from dip_uq import evidence as evidences
 from dip_uq.calibration import check_held_out, coverage, log_likelihood, z_std
 from dip_uq.data import load_htc2022, shepp_logan, simulate, walnut
 from dip_uq.dip import psnr, reconstruct
-from dip_uq.evidence import Model, fitted_first, maximise, prior_of
+from dip_uq.evidence import Model, fitted_first, fitted_noise, maximise, prior_of
 from dip_uq.linearization import FREE, Linearization, class_grams
 from dip_uq.networks import UNet
 from dip_uq.operators import field_of_view, mask
@@ -126,22 +125,39 @@ class Fit:
 
 
 @lru_cache(1)
-def fitted(s, shift=0, blocks=one_block):
-    "The fit that leaves out every `share`-th projection, `shift` later than `hold_out` would choose."
+def reconstructed(s, shift=0):
+    "The DIP that leaves out every `share`-th projection, `shift` later than `hold_out` would choose."
     scan = s.scan()
     held_out = scan.hold_out(max(1, round(s.angles / s.share))).held_out
     scan = replace(scan, held_out=tuple(sorted((i + shift) % s.angles for i in held_out)))
     options = dict(iterations=s.iterations, stop="heldout", learning_rate=RATE, progress=False)
-    return Fit(reconstruct(scan, UNet(4, 16), **options), blocks)
+    return reconstruct(scan, UNet(4, 16), **options)
+
+
+@lru_cache(1)
+def fitted(s, shift=0, blocks=one_block):
+    return Fit(reconstructed(s, shift), blocks)
+
+
+def best(model, objective="conditional"):
+    "The hyperparameters of highest evidence, with the noise that `fit_evidence` takes."
+    noise = model.lin.recon.scan.noise_std
+    if noise is None and objective not in ("joint", "paper"): noise = fitted_noise(model.lin)
+    return maximise(model, objective, noise)
+
+
+def with_pixels(fit, name=FREE):
+    "The model with free pixels, whose variance is chosen in turn, or, under another name, at once with the rest."
+    return with_block(fit.model, name, fit.A @ fit.A.T)
 
 
 def choose(s):
     fit = fitted(s)
-    model, noise = fit.model, fit.lin.recon.scan.noise_std
+    model = fit.model
     with patch.dict(evidences.OBJECTIVES, {"by ray": by_ray}):
         for objective in ("conditional", "by ray", "joint", "paper")[:4 if s.share == 6 else 2]:
-            yield dict(method=objective, **fit.scores(maximise(model, objective, noise)))
-            if objective in ("conditional", "joint") and noise is not None:
+            yield dict(method=objective, **fit.scores(best(model, objective)))
+            if objective == "conditional" or objective == "joint" and s.noise is not None:
                 yield dict(method=f"{objective}, noise fitted", **fit.scores(maximise(model, objective, None)))
 
 
@@ -156,36 +172,39 @@ def refits(recon):
 
 def refit(s):
     fit = fitted(s)
-    evidence = maximise(fit.model, "conditional", fit.lin.recon.scan.noise_std)
+    evidence = best(with_pixels(fit))
     first = fit.scores(evidence)
     yield dict(method="solve", **first)
     for method, work in refits(fit.lin.recon).items():
         other = Fit(work())
-        yield dict(method=method, **other.scores(replace(evidence, model=other.model), first["correction"]))
+        yield dict(method=method, **other.scores(replace(evidence, model=with_pixels(other)), first["correction"]))
 
 
 def pixels(s):
     fit = fitted(s)
-    for method, name in ("at once", "pixels"), ("in turn", FREE):
-        model = with_block(fit.model, name, fit.A @ fit.A.T)
-        yield dict(method=method, **fit.scores(maximise(model, "conditional", fit.lin.recon.scan.noise_std)))
+    yield dict(method="at once", **fit.scores(best(with_pixels(fit, "pixels"))))
+    yield dict(method="in turn", **fit.scores(best(with_pixels(fit))))
+    unknown = {"fitted": None} | ({} if s.noise is None else {"of fitted rays": fitted_noise(fit.lin)})
+    for which, noise in unknown.items():
+        yield dict(method=f"in turn, noise {which}", **fit.scores(maximise(with_pixels(fit), "conditional", noise)))
 
 
 def folds(s):
     shifts = [k * s.share // 3 for k in (0, -1, 1)]
     fits = [fitted(s, shift) for shift in shifts]
-    found = [maximise(fit.model, "conditional", fit.lin.recon.scan.noise_std) for fit in fits]
-    variance, length = ([math.exp(mean(math.log(getattr(e.prior, which)["all"]) for e in found))]
-                        for which in ("variance", "length"))
+    found = [best(with_pixels(fit)) for fit in fits]
+    variance, length = ([math.exp(mean(math.log(getattr(e.prior, which)[block]) for e in found))
+                         for block in found[0].model.blocks] for which in ("variance", "length"))
     for fit, evidence in zip(fits, found):
         yield dict(method="own fold", **fit.scores(evidence))
-        averaged = replace(evidence, prior=prior_of(fit.model, variance, length))
+        averaged = replace(evidence, prior=prior_of(evidence.model, variance, length))
         yield dict(method="mean of folds", **fit.scores(averaged))
 
 
 def blocks(s):
     fit = fitted(s, blocks=network_blocks)
-    yield dict(method="per block", **fit.scores(maximise(fit.model, "conditional", fit.lin.recon.scan.noise_std)))
+    yield dict(method="per block", **fit.scores(best(fit.model)))
+    yield dict(method="per block, free pixels", **fit.scores(best(with_pixels(fit))))
 
 
 def with_block(model, name, G):
@@ -210,13 +229,12 @@ def instrument_noise(s):
 def error(s):
     fit = fitted(s)
     yield dict(method="noise of the instrument", **fit.scores(maximise(fit.model, "conditional", instrument_noise(s))))
-    yield dict(method="noise fitted", **fit.scores(maximise(fit.model, "conditional", None)))
+    yield dict(method="noise of fitted rays", **fit.scores(best(fit.model)))
     models = {rho: with_block(fit.model, "error", correlated(fit.model, rho)) for rho in LENGTHS}
-    tried = {rho: maximise(model, "conditional", None) for rho, model in models.items()}
+    tried = {rho: best(model) for rho, model in models.items()}
     rho = max(tried, key=lambda rho: tried[rho].value)
     yield dict(method="correlated errors", **fit.scores(tried[rho]), rho=rho, c=tried[rho].prior.variance["error"]**0.5)
-    wider = maximise(with_block(fit.model, FREE, fit.A @ fit.A.T), "conditional", None)
-    yield dict(method="free pixels", **fit.scores(wider))
+    yield dict(method="free pixels", **fit.scores(best(with_pixels(fit))))
 
 
 PARTS = dict(choose=choose, refit=refit, pixels=pixels, few=refit, folds=folds, blocks=blocks, error=error)

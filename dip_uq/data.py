@@ -293,7 +293,8 @@ def save_scan(scan: Scan,  # of a `parallel_beam` or `fan_beam` with a square im
     g = scan.operator.geometry
     fields = dict(measurement=scan.measurement.numpy(force=True), angles=np.rad2deg(g.angles), bin_size=g.bin_size,
                   geometry="parallel" if g.source_origin is None else "fan", pixel_size=g.pixel_size, size=height,
-                  source_origin=g.source_origin, origin_detector=g.origin_detector, noise_std=scan.noise_std,
+                  source_origin=g.source_origin, origin_detector=g.origin_detector, rays_per_bin=g.rays_per_bin,
+                  noise_std=scan.noise_std,
                   truth=None if scan.truth is None else scan.truth.numpy(force=True), unit=scan.unit, name=scan.name,
                   held_out=np.array(scan.held_out, int))
     np.savez_compressed(path, **{key: value for key, value in fields.items() if value is not None})
@@ -332,6 +333,7 @@ def _scan_from(fields: Mapping, where: str, angles: int | None = None, size: int
     full = _whole(f"{where}: size", _field(fields, "size", where))
     size = _whole("size", full if size is None else size, 1, full)
     pixel_size, bin_size = number("pixel_size") * (full / size), number("bin_size") * group
+    rays = group * _whole(f"{where}: rays_per_bin", fields.get("rays_per_bin", 1))
     beam, distances = _beam(str(_field(fields, "geometry", where)), where)
     distances = [number(key) for key in distances]
     truth, noise_std = fields.get("truth"), fields.get("noise_std")
@@ -340,7 +342,8 @@ def _scan_from(fields: Mapping, where: str, angles: int | None = None, size: int
     held_out, unit, name = (fields.get(*item) for item in (("held_out", ()), ("unit", ""), ("name", Path(where).stem)))
     try:
         radians = np.deg2rad(degrees[index])
-        operator = beam(radians, (size, size), y.shape[1], bin_size, *distances, pixel_size=pixel_size)
+        operator = beam(radians, (size, size), y.shape[1], bin_size, *distances, pixel_size=pixel_size,
+                        rays_per_bin=rays)
         return Scan(y, operator, truth, noise_std, () if angles else held_out, pixel_size, str(unit), str(name))
     except (TypeError, ValueError) as error: raise ValueError(f"{where}: {error}") from error
 
@@ -380,9 +383,10 @@ def load_scan(path: str | Path,  # .npz in the documented layout, or htc2022_…
     """Read a scan from a file; raises ValueError or TypeError, with file and field, for everything malformed.
 
     Layout of .npz: `measurement` (angles, bins), line integrals, `angles` in degrees, `geometry` "parallel" or "fan",
-    `bin_size`, `pixel_size`, `size`; for "fan" also `source_origin` and `origin_detector`; optional `truth` (size,
-    size), `noise_std`, `held_out`, `unit`, `name`. Where bins are averaged, `noise_std` is divided by the square root
-    of their number; `held_out` counts the stored projections, so it is left out when `angles` is given.
+    `bin_size`, `pixel_size`, `size`; for "fan" also `source_origin` and `origin_detector`; optional
+    `rays_per_bin`, `truth` (size, size), `noise_std`, `held_out`, `unit`, `name`. Where bins are averaged, so are the
+    operator's rays, and `noise_std` is divided by the square root of their number; `held_out` counts the stored
+    projections, so it is left out when `angles` is given.
     """
     path = _open(path)
     if path.suffix.lower() == ".npz": return _scan_from(_read_npz(path), str(path), angles, size, bins)

@@ -529,6 +529,7 @@ class Geometry:
     pixel_size: float  # edge of an image pixel
     source_origin: float | None = None  # from source to centre
     origin_detector: float | None = None  # from centre to detector
+    rays_per_bin: int = 1  # spread evenly over its width; a reading is their mean
 
     def __post_init__(self):
         angles = np.atleast_1d(np.asarray(self.angles, float))
@@ -536,6 +537,7 @@ class Geometry:
             raise ValueError(f"angles={self.angles!r}: expected one row of at least one finite number, in radians")
         object.__setattr__(self, "angles", angles)
         _check_shape("bins", self.bins)
+        _check_shape("rays_per_bin", self.rays_per_bin)
         _check_positive(bin_size=self.bin_size, pixel_size=self.pixel_size)
         if self.fan: _check_positive(source_origin=self.source_origin, origin_detector=self.origin_detector)
 
@@ -556,17 +558,18 @@ class Geometry:
 
     def rays(self,
              reach: float  # parallel rays start and end this far from the centre
-            ) -> tuple:  # starts and ends, each (angles, bins, 2) with (x, y)
+            ) -> tuple:  # starts and ends, each (angles, bins * rays_per_bin, 2) with (x, y)
         "End points of all rays."
         cos, sin = np.cos(self.angles)[:, None], np.sin(self.angles)[:, None]
         u, r = np.stack([cos, sin], -1), np.stack([-sin, cos], -1)  # (angles, 1, 2)
-        bins = self.offsets[:, None] * u
-        if not self.fan: return bins - reach * r, bins + reach * r
-        return np.broadcast_to(-self.source_origin * r, bins.shape), bins + self.origin_detector * r
+        within = ((np.arange(self.rays_per_bin) + .5) / self.rays_per_bin - .5) * self.bin_size
+        places = (self.offsets[:, None] + within).ravel()[:, None] * u
+        if not self.fan: return places - reach * r, places + reach * r
+        return np.broadcast_to(-self.source_origin * r, places.shape), places + self.origin_detector * r
 
 # %% ../nbs/00_rays.ipynb #4659f535
 class RayTransform(MatrixOperator):
-    "Line integrals (value times length) along the rays of a `Geometry`: (H, W) -> (angles, bins)."
+    "Line integrals (value times length), means over the rays of each bin of a `Geometry`: (H, W) -> (angles, bins)."
 
     def __init__(self,
                  matrix,  # (angles * bins, H * W) intersection lengths
@@ -593,10 +596,11 @@ def parallel_beam(
     shape: tuple,  # image (H, W)
     bins: int,  # pixels of the detector
     bin_size: float = 1.0,  # their width, in the unit of `pixel_size`
-    pixel_size: float = 1.0  # edge of an image pixel
+    pixel_size: float = 1.0,  # edge of an image pixel
+    rays_per_bin: int = 1  # whose mean is a reading
 ) -> RayTransform:  # (H, W) -> (n, bins)
     "Parallel rays, upwards at angle 0, with bins from left to right."
-    return _ray_transform(Geometry(angles, bins, bin_size, pixel_size), shape)
+    return _ray_transform(Geometry(angles, bins, bin_size, pixel_size, rays_per_bin=rays_per_bin), shape)
 
 
 def fan_beam(
@@ -606,11 +610,13 @@ def fan_beam(
     bin_size: float,  # their width, in the unit of `pixel_size`
     source_origin: float,  # from source to centre of rotation
     origin_detector: float,  # from centre of rotation to detector
-    pixel_size: float = 1.0  # edge of an image pixel
+    pixel_size: float = 1.0,  # edge of an image pixel
+    rays_per_bin: int = 1  # whose mean is a reading
 ) -> RayTransform:  # (H, W) -> (n, bins)
     "Rays from a point source, below the image at angle 0, to a flat detector; bins from left to right."
     _check_positive(source_origin=source_origin, origin_detector=origin_detector)
-    return _ray_transform(Geometry(angles, bins, bin_size, pixel_size, source_origin, origin_detector), shape)
+    geometry = Geometry(angles, bins, bin_size, pixel_size, source_origin, origin_detector, rays_per_bin)
+    return _ray_transform(geometry, shape)
 
 
 def _ray_transform(geometry, shape):
@@ -618,9 +624,14 @@ def _ray_transform(geometry, shape):
     if geometry.fan and min(geometry.source_origin, geometry.origin_detector) < half:
         raise ValueError(f"source_origin={geometry.source_origin} and origin_detector={geometry.origin_detector} must "
                          f"be at least half the image's side, {half:.6g}: are all lengths in one unit?")
-    _check_points(len(geometry.angles) * geometry.bins)
+    readings, k = len(geometry.angles) * geometry.bins, geometry.rays_per_bin
+    _check_points(readings * k)
     starts, ends = geometry.rays(math.hypot(*shape) * geometry.pixel_size)
-    return RayTransform(ray_matrix(starts, ends, shape, geometry.pixel_size), shape, geometry)
+    matrix = ray_matrix(starts, ends, shape, geometry.pixel_size)
+    if k > 1:
+        rows, starts = np.arange(readings * k), np.arange(readings + 1) * k
+        matrix = sp.csr_array((np.full(readings * k, 1 / k), rows, starts)) @ matrix
+    return RayTransform(matrix, shape, geometry)
 
 # %% ../nbs/00_rays.ipynb #6ca71f78
 def field_of_view(A: LinearOperator) -> torch.Tensor:  # domain_shape, bool
