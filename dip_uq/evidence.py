@@ -355,29 +355,29 @@ def maximise(model: Model,
             ) -> Evidence:
     """Choose the hyperparameters of `model` by the largest evidence: L-BFGS-B on their logarithms, in float64.
 
-    Where it has free pixels: first those of the network, then, with these, the variance of the pixels and once more the
-    noise where it is unknown.
+    Where it has free pixels: first those of the network, then, with these, the variance τ² of the pixels, with a prior
+    density ∝ τ that keeps it from zero (Chung et al., Psychometrika 78:685, 2013), and once more unknown noise.
     """
     began, b, history = perf_counter(), len(model.blocks), []
     start, bounds = log_parameters(model, noise_std)
     nll = OBJECTIVES[objective](model)
     if tv is not None: nll = with_tv(nll, tv, model.lin)
-    def search(start, correction, hold=()): # those at the indices `hold` stay as they are
-        box = [(v, v) if i in hold else ends for i, (v, ends) in enumerate(zip(start, bounds))]
+    free = np.array([block == FREE for block in model.blocks] + [False] * (len(start) - b))
+    network = (np.arange(len(start)) < 2 * b) & ~free
+    def search(start, correction, hold, tilt): # `hold`: those that stay; `tilt`: slopes of their log prior density
+        box = [(v, v) if held else ends for v, held, ends in zip(start, hold, bounds)]
         def evaluate(p):
             value, slope = value_and_gradient(p, model, noise_std, nll, correction)
             history.append(-value)
-            return value, slope
+            return value - tilt @ p, slope - tilt
+        tolerances = dict(gtol=1e-4, ftol=1e-6 if correction is None else 1e-4)
         return scipy.optimize.minimize(evaluate, start, method="L-BFGS-B", jac=True, bounds=box,
-                                       options=dict(maxiter=steps, ftol=1e-6 if correction is None else 1e-4))
+                                       options=dict(maxiter=steps) | tolerances)
     def searches(start, correction):
         history.clear()
-        if FREE not in model.blocks: return search(start, correction)
-        free = list(model.blocks).index(FREE)
-        where = np.arange(len(start)) == free
-        first = search(np.where(where, bounds[free][0], start), correction, {free})
-        second = search(np.where(where, start, first.x), correction, {*range(2 * b)} - {free})
-        return min(first, second, key=lambda found: found.fun)
+        lowest = np.array([low for low, _ in bounds])
+        first = search(np.where(free, lowest, start), correction, free, 0.0 * free)
+        return search(np.where(free, start, first.x), correction, network, 0.5 * free) if free.any() else first
     try:
         found = searches(start, None)
         if correction is not None: found = searches(found.x, correction)
@@ -388,8 +388,8 @@ def maximise(model: Model,
     e = np.exp(found.x)
     noise = math.sqrt(e[-1]) if noise_std is None else noise_std
     method = "exact" if model.basis is None else "low rank" if correction is None else "iterative"
-    evidence = Evidence(model, prior_of(model, e[:b], e[b:2 * b]), noise, -float(found.fun), objective, len(history),
-                        dict(evidence=perf_counter() - began), method, tuple(history))
+    evidence = Evidence(model, prior_of(model, e[:b], e[b:2 * b]), noise, -float(found.fun + 0.5 * free @ found.x),
+                        objective, len(history), dict(evidence=perf_counter() - began), method, tuple(history))
     if not found.success:
         warnings.warn(f"the search for hyperparameters stopped early ({found.message}); they may not be the best ones")
     if evidence.prior_power < 1e-3 * noise**2:
