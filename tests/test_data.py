@@ -163,10 +163,11 @@ def npz(tmp_path_factory):
 
 @settings(max_examples=20, deadline=None)
 @given(fan=st.booleans(), count=st.integers(2, 9), bins=st.integers(1, 9), size=st.integers(1, 9),
-       bin_size=st.floats(0.1, 3), noise=st.none() | st.floats(0, 1), held=st.integers(0, 1), truth=st.booleans())
-def test_round_trip(tmp_path_factory, fan, count, bins, size, bin_size, noise, held, truth):
+       bin_size=st.floats(0.1, 3), noise=st.none() | st.floats(0, 1), held=st.integers(0, 1), truth=st.booleans(),
+       rays=st.integers(1, 3))
+def test_round_trip(tmp_path_factory, fan, count, bins, size, bin_size, noise, held, truth, rays):
     beam = partial(fan_beam, source_origin=70., origin_detector=20.) if fan else parallel_beam
-    operator = beam(np.arange(count) / 3, (size, size), bins, bin_size=bin_size, pixel_size=0.7)
+    operator = beam(np.arange(count) / 3, (size, size), bins, bin_size=bin_size, pixel_size=0.7, rays_per_bin=rays)
     image = ellipses(size, 3)
     scan = Scan(operator(image), operator, image if truth else None, noise, range(held), 0.7, "1/mm", "µ")
     path = tmp_path_factory.mktemp("trip") / "scan.npz"
@@ -192,6 +193,8 @@ BAD_NPZ = {f"no {key}": ({key: None}, f"has no {key!r}") for key in REQUIRED} | 
     bin_size=(dict(bin_size=0), "bin_size=0 is out of range: it must be positive"),
     pixel_size=(dict(pixel_size=-2.), "pixel_size=-2 is out of range"),
     pixel_sizes=(dict(pixel_size=[1., 1.]), "pixel_size has shape (2,), but () is needed"),
+    rays=(dict(rays_per_bin=0), "rays_per_bin=0 is out of range: choose 1 or more"),
+    rays_fraction=(dict(rays_per_bin=1.5), "rays_per_bin must be a whole number"),
     source=(dict(source_origin=np.inf), "source_origin has 1 NaN or infinite"),
     size=(dict(size=0), "size=0 is out of range"),
     size_fraction=(dict(size=16.5), "size must be a whole number"),
@@ -284,6 +287,14 @@ def test_what_does_not_fit_the_layout(tmp_path):
     with pytest.raises(ValueError, match="4 × 5; only square ones fit"): save_scan(oblong, tmp_path / "scan.npz")
     with pytest.raises(ValueError, match="must end in .npz"): save_scan(Scan(Y, A), tmp_path / "scan.mat")
     assert not list(tmp_path.iterdir())
+
+
+def test_averaged_bins_have_averaged_rays(npz):
+    "The rays of the bins that were stored, also where these were means already."
+    stored, some = load_scan(npz), load_scan(npz, bins=8)
+    y = stored.operator(stored.truth)
+    assert torch.allclose(some.operator(stored.truth), y.view(len(y), 8, 3).mean(-1), atol=1e-5)
+    assert some.operator.geometry.rays_per_bin == 3 * stored.operator.geometry.rays_per_bin
 
 
 def test_angles_leave_out_held_out(npz):

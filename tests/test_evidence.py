@@ -14,9 +14,9 @@ from scipy.stats import norm
 
 from dip_uq.data import simulate, walnut
 from dip_uq.dip import reconstruct
-from dip_uq.evidence import (METHODS, OBJECTIVES, Model, conditional_nll, fit_evidence, joint_nll, log_parameters, maximise,
-                             value_and_gradient)
-from dip_uq.linearization import Linearization
+from dip_uq.evidence import (METHODS, OBJECTIVES, Model, conditional_nll, fit_evidence, fitted_noise, joint_nll,
+                             log_parameters, maximise, value_and_gradient)
+from dip_uq.linearization import FREE, Linearization
 from dip_uq.networks import UNet
 from dip_uq.operators import fan_beam
 from dip_uq.posterior import Posterior
@@ -98,6 +98,37 @@ def test_blocks_that_move_nothing_change_nothing(lin, objective):
     _, slope = value_and_gradient(p, silent, lin.recon.scan.noise_std, nll)
     assert abs(slope[0]) < 1e-10 and abs(slope[b]) < 1e-10
     assert all(math.isfinite(v) for v in found.prior.variance.values())
+
+
+def test_unknown_noise_is_what_the_fitted_rays_leave(lin):
+    scan = replace(lin.recon.scan, noise_std=None)
+    fitted = [i for i in range(8) if i not in scan.held_out]
+    left = (scan.operator(lin.recon.image) - scan.measurement)[fitted]
+    found = fit_evidence(Linearization(replace(lin.recon, scan=scan)), progress=False)
+    assert found.noise_std == pytest.approx(float(left.square().mean().sqrt()), rel=1e-6) == fitted_noise(lin)
+    joint = fit_evidence(Linearization(replace(lin.recon, scan=scan)), "joint", progress=False)
+    assert joint.noise_std != pytest.approx(found.noise_std, rel=1e-3)  # it hears the fitted rays, so it may choose
+
+
+def test_rays_that_miss_nothing_leave_a_little_to_free_pixels(lin):
+    """Held-out residuals of zero: any error of a pixel lowers the evidence, yet no variance is zero.
+
+    log evidence + log τ is stationary in τ; with a density ∝ τ the estimate is one standard error from zero, where
+    the log evidence, a parabola in τ at its maximum in zero, has fallen by 1/2 (Chung et al. 2013, section 3).
+    """
+    model, noise = Model.build(Linearization(lin.recon, free_pixels=True)), lin.recon.scan.noise_std
+    silent = replace(model, residual=1e-3 * model.residual)
+    found = maximise(silent, "conditional", noise)
+    nll = OBJECTIVES["conditional"](silent)
+    def log_evidence(log_tau):
+        p = np.log([*found.prior.variance.values(), *found.prior.length.values()])
+        p[1] = 2 * log_tau
+        return -value_and_gradient(p, silent, noise, nll)[0]
+    log_tau = math.log(found.prior.variance[FREE]) / 2
+    assert log_evidence(log_tau) == pytest.approx(found.value, abs=1e-8)
+    slope = (log_evidence(log_tau + 1e-3) - log_evidence(log_tau - 1e-3)) / 2e-3
+    assert slope + 1 == pytest.approx(0, abs=0.02)
+    assert 0.4 < log_evidence(log_tau - 6) - found.value < 0.6
 
 
 @pytest.mark.parametrize("method", METHODS[:3])

@@ -75,15 +75,15 @@ def exact_row(start, end, shape, pixel_size):
     return row * float(vx**2 + vy**2)**.5 * pixel_size
 
 
-def astra_matrix(geometry, shape):
-    "The matrix of ASTRA's line kernel; ASTRA computes in float32."
+def astra_matrix(geometry, shape, kernel="line"):
+    "The matrix of one of ASTRA's kernels; ASTRA computes in float32."
     astra = pytest.importorskip("astra")
     (h, w), g = shape, geometry
     half = g.pixel_size / 2
     volume = astra.create_vol_geom(h, w, -w * half, w * half, -h * half, h * half)
     rays = astra.create_proj_geom("fanflat", g.bin_size, g.bins, g.angles, g.source_origin, g.origin_detector) \
         if g.fan else astra.create_proj_geom("parallel", g.bin_size, g.bins, g.angles)
-    projector = astra.create_projector("line_fanflat" if g.fan else "line", rays, volume)
+    projector = astra.create_projector(f"{kernel}_fanflat" if g.fan else kernel, rays, volume)
     identifier = astra.projector.matrix(projector)
     matrix = sp.csr_array(astra.matrix.get(identifier), dtype=float)
     astra.matrix.delete(identifier)
@@ -118,6 +118,26 @@ def test_astra(name):
         ours = A.matrix[[ray]].toarray().reshape(A.domain_shape)
         exact = exact_row(starts[ray], ends[ray], A.domain_shape, A.geometry.pixel_size)
         assert np.abs(ours - exact).max() < 1e-10  # float64 rounding of t, times the ray's length
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.lists(st.floats(0, 6.3), min_size=1, max_size=3), st.integers(1, 9), st.integers(1, 7), sizes, st.booleans())
+def test_a_bin_is_the_mean_of_the_bins_of_a_finer_detector(angles, bins, k, bin_size, fan):
+    beam = (lambda *args, **more: fan_beam(*args, 30., 20., .7, **more)) if fan else parallel_beam
+    A = beam(angles, (5, 6), bins, bin_size, rays_per_bin=k)
+    fine = beam(angles, (5, 6), bins * k, bin_size / k).matrix.toarray()
+    assert A.range_shape == (len(angles), bins) and A[[0]].geometry.rays_per_bin == k
+    assert np.abs(A.matrix.toarray() - fine.reshape(-1, k, 30).mean(1)).max() < 1e-6  # rays along a pixel's edge apart
+    assert adjoint_error(A, torch.float64) < 1e-13
+
+
+def test_many_rays_in_a_bin_are_a_strip():
+    "ASTRA knows the area of a pixel inside the strip that a bin sees; over the width of the bin it is their mean length."
+    lines = parallel_beam(ANGLES, (12, 9), 11, 1.7, .8, rays_per_bin=200)
+    strips = astra_matrix(lines.geometry, (12, 9), "strip").toarray()
+    few = parallel_beam(ANGLES, (12, 9), 11, 1.7, .8, rays_per_bin=4).matrix.toarray()
+    assert np.abs(lines.matrix.toarray() - strips).max() < .01  # one of 200 rays more or less meets the pixel
+    assert .05 < np.abs(few - strips).max() < .4
 
 
 shapes = st.lists(st.integers(1, 9), min_size=2, max_size=3).map(tuple)
