@@ -15,10 +15,12 @@ from scipy.stats import multivariate_normal
 
 from dip_uq.data import walnut
 from dip_uq.evidence import maximise
+from dip_uq.networks import UNet
 from dip_uq.posterior import Posterior
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 DATA = Path(os.environ.get("DIP_UQ_DATA", "")) / "kmnist/kmnist_test_first50.npz"
+DISC = Path(os.environ.get("DIP_UQ_DATA", "")) / "htc2022/htc2022_ta_full.mat"
 
 
 @pytest.fixture
@@ -124,3 +126,25 @@ def test_evidence_ray_by_ray(calibration):
         return multivariate_normal.logpdf(np.where(rays < t, 0, r[rays]), cov=K.numpy()[np.ix_(rays, rays)])
     fitted = np.arange(t)
     assert found == pytest.approx(sum(log_p(fitted) - log_p(np.append(fitted, i)) for i in range(t, len(r))), rel=1e-6)
+
+
+@pytest.mark.skipif(not DISC.exists(), reason="the discs of HTC 2022 are not in DIP_UQ_DATA")
+def test_discs_go_on_where_they_stopped(tmp_path, monkeypatch, capsys):
+    "At 16² pixels; the profile of the free pixels holds what `solve` has found, where their size is the same."
+    monkeypatch.syspath_prepend(FOLDER)
+    discs, out = importlib.import_module("discs"), tmp_path / "discs.jsonl"
+    monkeypatch.setattr(discs, "SIZE", 16)
+    monkeypatch.setattr(discs, "BINS", 16)
+    monkeypatch.setattr(discs, "UNet", lambda scales, channels: UNet(2, 4))
+    def run(*parts):
+        part = "--names ta --angles 8 --parts".split()
+        monkeypatch.setattr(sys, "argv", ["discs.py", "--out", str(out), *part, *parts])
+        discs.main()
+        return list(map(json.loads, out.read_text().splitlines()))
+    first, = run("solve")
+    monkeypatch.setattr(discs, "STDS", (first["free_pixels"], 1.0))
+    again, one, *profile = run("solve", "one-ray", "profile")
+    assert again == first and one["held_out"] != first["held_out"]
+    for key in "value", "rays_z", "z", "coverage95": assert profile[0][key] == pytest.approx(first[key], rel=1e-3)
+    assert profile[1]["z"] < 0.1 and profile[1]["value"] < first["value"]
+    assert "rays_z" in capsys.readouterr().out
