@@ -153,12 +153,11 @@ def with_pixels(fit, name=FREE):
 
 def choose(s):
     fit = fitted(s)
-    model = fit.model
     with patch.dict(evidences.OBJECTIVES, {"by ray": by_ray}):
         for objective in ("conditional", "by ray", "joint", "paper")[:4 if s.share == 6 else 2]:
-            yield dict(method=objective, **fit.scores(best(model, objective)))
+            yield dict(method=objective, **fit.scores(best(fit.model, objective)))
             if objective == "conditional" or objective == "joint" and s.noise is not None:
-                yield dict(method=f"{objective}, noise fitted", **fit.scores(maximise(model, objective, None)))
+                yield dict(method=f"{objective}, noise fitted", **fit.scores(maximise(fit.model, objective, None)))
 
 
 def refits(recon):
@@ -182,11 +181,12 @@ def refit(s):
 
 def pixels(s):
     fit = fitted(s)
+    free = with_pixels(fit)
     yield dict(method="at once", **fit.scores(best(with_pixels(fit, "pixels"))))
-    yield dict(method="in turn", **fit.scores(best(with_pixels(fit))))
+    yield dict(method="in turn", **fit.scores(best(free)))
     unknown = {"fitted": None} | ({} if s.noise is None else {"of fitted rays": fitted_noise(fit.lin)})
     for which, noise in unknown.items():
-        yield dict(method=f"in turn, noise {which}", **fit.scores(maximise(with_pixels(fit), "conditional", noise)))
+        yield dict(method=f"in turn, noise {which}", **fit.scores(maximise(free, "conditional", noise)))
 
 
 def folds(s):
@@ -220,15 +220,14 @@ def correlated(model, length):
     return torch.block_diag(*[torch.exp(-(lag[:, None] - lag).abs() / length)] * projections)
 
 
-def instrument_noise(s):
-    "From second differences over neighbouring ones of the 720 projections: rms / √6, resistant to edges by medians."
-    y = load_htc2022(s.name, 720, s.size).measurement.double()
+def instrument_noise(y):
+    "From second differences over neighbouring projections, of 720 in `y`: rms / √6, resistant to edges by medians."
     return float((y[2:] - 2 * y[1:-1] + y[:-2]).abs().median()) / 0.6745 / 6**0.5
 
 
 def error(s):
-    fit = fitted(s)
-    yield dict(method="noise of the instrument", **fit.scores(maximise(fit.model, "conditional", instrument_noise(s))))
+    fit, noise = fitted(s), instrument_noise(load_htc2022(s.name, 720, s.size).measurement.double())
+    yield dict(method="noise of the instrument", **fit.scores(maximise(fit.model, "conditional", noise)))
     yield dict(method="noise of fitted rays", **fit.scores(best(fit.model)))
     models = {rho: with_block(fit.model, "error", correlated(fit.model, rho)) for rho in LENGTHS}
     tried = {rho: best(model) for rho, model in models.items()}

@@ -28,6 +28,8 @@ from pathlib import Path
 import torch
 from torch.nn.functional import avg_pool2d
 
+from calibration import instrument_noise
+
 from dip_uq.calibration import check_held_out, coverage, log_likelihood, z_std
 from dip_uq.data import load_htc2022
 from dip_uq.dip import psnr, reconstruct
@@ -121,7 +123,7 @@ def reference(name, angles, seed):
                solve_from_published=apart(s.image, published), solve_from_more=apart(s.image, image),
                std=rms(s.std[inside]), left=rms(left[y > 0.2]), correlation_half_degree=correlation(1),
                correlation_six_degrees=correlation(12),
-               instrument=float((y[2:] - 2 * y[1:-1] + y[:-2]).abs().median()) / 0.6745 / 6**0.5)
+               instrument=instrument_noise(y.double()))
 
 
 PARTS = {"solve": plain, "one-ray": one_ray, "fine-pixels": fine_pixels, "profile": profile, "reference": reference}
