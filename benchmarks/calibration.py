@@ -43,14 +43,16 @@ from tqdm import tqdm
 
 from dip_uq import evidence as evidences
 from dip_uq.calibration import check_held_out, coverage, log_likelihood, z_std
-from dip_uq.data import load_htc2022, shepp_logan, simulate, walnut
+from dip_uq.data import shepp_logan, simulate, walnut
 from dip_uq.dip import psnr, reconstruct
 from dip_uq.evidence import Model, fitted_first, fitted_noise, maximise, prior_of
 from dip_uq.linearization import FREE, Linearization, class_grams
 from dip_uq.networks import UNet
-from dip_uq.operators import field_of_view, mask
+from dip_uq.operators import mask
 from dip_uq.pretraining import disks, fan_scanner
 from dip_uq.priors import network_blocks, one_block
+from dip_uq.rays import field_of_view
+from dip_uq.scans import load_htc2022
 
 RATE = 2e-3
 IMAGES = {"walnut-3": partial(walnut, seed=3), "walnut-4": partial(walnut, seed=4), "disks": partial(disks, seed=1),

@@ -31,14 +31,14 @@ from torch.nn.functional import avg_pool2d
 from calibration import instrument_noise
 
 from dip_uq.calibration import check_held_out, coverage, log_likelihood, z_std
-from dip_uq.data import load_htc2022
 from dip_uq.dip import psnr, reconstruct
 from dip_uq.evidence import OBJECTIVES, fitted_first, prior_of, value_and_gradient
 from dip_uq.linearization import FREE
 from dip_uq.networks import UNet
-from dip_uq.operators import fan_beam, fbp, field_of_view
 from dip_uq.pipeline import solve
 from dip_uq.posterior import Posterior
+from dip_uq.rays import fan_beam, fbp, field_of_view
+from dip_uq.scans import load_htc2022
 
 SIZE, BINS = 64, 70
 STDS = 1e-4, 3e-4, 5e-4, 7e-4, 1e-3, 1.4e-3  # 1/mm

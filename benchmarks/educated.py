@@ -32,11 +32,13 @@ from skimage import data as skimage_data
 from skimage.transform import resize_local_mean
 
 from dip_uq.cli import demo_scan
-from dip_uq.data import ellipses, load_htc2022, shepp_logan, simulate
+from dip_uq.data import ellipses, shepp_logan, simulate
 from dip_uq.dip import psnr, reconstruct
 from dip_uq.networks import UNet
-from dip_uq.operators import field_of_view
-from dip_uq.pretraining import FINE, Pretrained, acceleration, fan_scanner, fine_tune
+from dip_uq.pretraining import FINE, Pretrained, fan_scanner, fine_tune
+from dip_uq.rays import field_of_view
+from dip_uq.reuse import acceleration
+from dip_uq.scans import load_htc2022
 
 
 def methods(taught):

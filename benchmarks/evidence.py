@@ -32,9 +32,9 @@ from dip_uq.evidence import (OBJECTIVES, Correction, Model, draw_rays, fit_evide
                              maximise, value_and_gradient)
 from dip_uq.linearization import Linearization, class_grams
 from dip_uq.networks import UNet
-from dip_uq.operators import fan_beam, parallel_beam
 from dip_uq.pipeline import peak_memory_mb, versions
 from dip_uq.priors import TVPrior, network_blocks, one_block
+from dip_uq.rays import fan_beam, parallel_beam
 
 
 class Laps:

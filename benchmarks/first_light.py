@@ -24,7 +24,7 @@ from dip_uq.dip import Run, descend, first_guess, fresh, reconstruct, total_vari
 from dip_uq.evidence import Model, conditional_objective, log_parameters, value_and_gradient
 from dip_uq.linearization import Linearization, unit_vectors
 from dip_uq.networks import UNet
-from dip_uq.operators import fan_beam
+from dip_uq.rays import fan_beam
 
 
 def scan(size=128, angles=30, bins=140):

@@ -44,16 +44,19 @@ import torch
 from torch.distributions import MultivariateNormal
 from tqdm import tqdm
 
-from dip_uq.calibration import check_held_out, coverage, crps, log_likelihood, mc_dropout, patches_of, z_std
+from dip_uq.baselines import mc_dropout
+from dip_uq.calibration import check_held_out, coverage, log_likelihood, z_std
 from dip_uq.data import simulate
 from dip_uq.dip import psnr, reconstruct
 from dip_uq.evidence import Model, fit_evidence, log_parameters, maximise, prior_of
 from dip_uq.linearization import Linearization
 from dip_uq.networks import UNet
-from dip_uq.operators import mask, parallel_beam
+from dip_uq.operators import mask
 from dip_uq.pipeline import solve
 from dip_uq.posterior import Posterior
 from dip_uq.priors import TVPrior
+from dip_uq.rays import parallel_beam
+from dip_uq.scores import crps, patches_of
 
 PIXELS = mask(torch.ones(28, 28, dtype=torch.bool))  # all of them, seen directly
 

@@ -20,7 +20,7 @@ import numpy as np, torch
 import dip_uq.dip as dip
 from dip_uq.data import simulate, walnut
 from dip_uq.networks import UNet
-from dip_uq.operators import fan_beam
+from dip_uq.rays import fan_beam
 
 torch.set_num_threads(1)
 A = fan_beam(np.linspace(0, 2 * np.pi, 30, endpoint=False), (96, 96), 105, 1.4, 288, 144)

@@ -23,10 +23,11 @@ import torch
 from skimage.metrics import structural_similarity
 from torch.nn.functional import pad
 
-from dip_uq.data import load_htc2022
 from dip_uq.dip import psnr, reconstruct
 from dip_uq.dip import total_variation as variation
-from dip_uq.operators import cgls, fbp, field_of_view
+from dip_uq.operators import cgls
+from dip_uq.rays import fbp, field_of_view
+from dip_uq.scans import load_htc2022
 
 WEIGHTS = torch.logspace(0.75, -1.5, 10).tolist()
 

@@ -33,8 +33,8 @@ from dip_uq.dip import psnr, reconstruct
 from dip_uq.evidence import fit_evidence
 from dip_uq.linearization import Linearization
 from dip_uq.networks import UNet
-from dip_uq.operators import fan_beam
 from dip_uq.posterior import Posterior
+from dip_uq.rays import fan_beam
 
 REACH = 2  # pixels: the margin of air around a nut
 

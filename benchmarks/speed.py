@@ -20,7 +20,7 @@ import torch
 from dip_uq.data import simulate, walnut
 from dip_uq.dip import first_guess, picture, psnr, total_variation, tv_for_noise
 from dip_uq.networks import UNet, fresh
-from dip_uq.operators import fan_beam
+from dip_uq.rays import fan_beam
 
 WAYS = dict(float32={}, bfloat16=dict(low=True), channels_last=dict(last=True), compiled=dict(compiled=True))
 

@@ -19,7 +19,8 @@ import torch
 from dip_uq.data import ellipses, shepp_logan, simulate, walnut
 from dip_uq.dip import noise_level, reconstruct
 from dip_uq.networks import UNet
-from dip_uq.operators import blur, fan_beam, mask
+from dip_uq.operators import blur, mask
+from dip_uq.rays import fan_beam
 
 SIZE, ITERATIONS, NOISE = 48, 400, (0.025, 0.05, 0.1)
 

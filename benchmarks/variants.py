@@ -26,7 +26,7 @@ from stopping import ITERATIONS, SIZE, instruments
 from dip_uq.data import ellipses, shepp_logan, simulate, walnut
 from dip_uq.dip import first_guess, picture, psnr, total_variation, tv_for_noise
 from dip_uq.networks import UNet, fresh
-from dip_uq.operators import RayTransform
+from dip_uq.rays import RayTransform
 
 VARIANTS = {"plain": {}, "rough": dict(rough=True), "jitter": dict(jitter=0.03),
             "sequential 0.1": dict(tie=0.1, rough=True), "sequential 0.01": dict(tie=0.01, rough=True),

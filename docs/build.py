@@ -5,7 +5,7 @@
 
 A page is its notebook, with every exported cell shown as the signature, the docstring and the documented parameters
 of what it defines, and its source folded below. A `name` in backticks links to where it is defined. Links between
-notebooks and to files above nbs/ are written for the repository (`00_operators.ipynb`, `../LICENSE`) and carried over.
+notebooks and to files above nbs/ are written for the repository (`02_operators.ipynb`, `../LICENSE`) and carried over.
 The contents follow the tables of index.ipynb, in which every notebook must have its line.
 """
 import argparse

@@ -17,9 +17,10 @@ from scipy.io import loadmat, savemat
 from skimage.transform import resize_local_mean
 
 import dip_uq.data as data
-from dip_uq.data import (Scan, ellipses, gaussian_noise, load_htc2022, load_scan, poisson_noise, rectangles, save_scan,
-                         shepp_logan, simulate, walnut)
-from dip_uq.operators import as_operator, fan_beam, parallel_beam
+from dip_uq.data import Scan, ellipses, gaussian_noise, poisson_noise, rectangles, shepp_logan, simulate, walnut
+from dip_uq.operators import as_operator
+from dip_uq.rays import fan_beam, parallel_beam
+from dip_uq.scans import load_htc2022, load_scan, save_scan
 
 HTC = Path(os.environ.get("DIP_UQ_DATA", "none")) / "htc2022"
 needs_htc = pytest.mark.skipif(not HTC.is_dir(), reason="set DIP_UQ_DATA to a folder with htc2022/*.mat")

@@ -16,7 +16,8 @@ from dip_uq.data import ellipses, simulate
 from dip_uq.dip import Reconstruction, psnr, reconstruct, total_variation
 from dip_uq.files import load_tensors, save_tensors
 from dip_uq.networks import UNet
-from dip_uq.operators import LinearOperator, as_operator, fan_beam
+from dip_uq.operators import LinearOperator, as_operator
+from dip_uq.rays import fan_beam
 
 SHAPE = 14, 16
 TRUTH = torch.nn.functional.pad(ellipses(14, 1), (1, 1))

@@ -18,9 +18,9 @@ from dip_uq.evidence import (METHODS, OBJECTIVES, Model, conditional_nll, fit_ev
                              log_parameters, maximise, value_and_gradient)
 from dip_uq.linearization import FREE, Linearization
 from dip_uq.networks import UNet
-from dip_uq.operators import fan_beam
 from dip_uq.posterior import Posterior
 from dip_uq.priors import TVPrior, folded_excess
+from dip_uq.rays import fan_beam
 
 
 @settings(max_examples=100, deadline=None)

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
 from skimage.transform import downscale_local_mean
 
-from dip_uq.operators import (MatrixOperator, adjoint_error, as_operator, blur, cgls, downsample, fan_beam, fbp,
-                              fourier, mask, parallel_beam, ray_matrix)
+from dip_uq.operators import MatrixOperator, adjoint_error, as_operator, blur, cgls, downsample, fourier, mask
+from dip_uq.rays import fan_beam, fbp, parallel_beam, ray_matrix
 
 coordinate = st.floats(-8, 8, allow_nan=False) | st.integers(-8, 8).map(float) | st.sampled_from([1e-12, -1e-12, 0.])
 sizes = st.floats(.25, 3) | st.just(1.)

@@ -13,8 +13,9 @@ from dip_uq.dip import reconstruct
 from dip_uq.evidence import fit_evidence, maximise
 from dip_uq.linearization import FREE, Linearization
 from dip_uq.networks import UNet
-from dip_uq.operators import as_operator, fan_beam, mask
+from dip_uq.operators import as_operator, mask
 from dip_uq.posterior import Posterior
+from dip_uq.rays import fan_beam
 
 ANGLES, BINS = 8, 20
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from dip_uq.calibration import conformal_factor
+from dip_uq.scores import conformal_factor
 
 sizes = st.tuples(st.integers(1, 40), st.integers(1, 9))  # images, pixels of each
 errors = sizes.flatmap(lambda shape: arrays(float, shape, elements=st.floats(-1e100, 1e100)))
