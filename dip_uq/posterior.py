@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .covariance import Model, fitted_first
 from .data import Scan
 from .dip import Reconstruction
-from .evidence import Evidence, Model, RayProducts, fitted_first, iterated
-from .files import load_tensors, named, save_tensors
-from .linearization import FREE, Linearization, unit_vectors
+from .evidence import Evidence
+from .files import load_tensors, save_tensors
+from .linearization import Linearization, unit_vectors
 from .operators import LinearOperator
 from .priors import FilterPrior
 
@@ -35,55 +36,34 @@ class Posterior:
         self.evidence, self.model, self.lin, self.scale = evidence, evidence.model, evidence.model.lin, scale
 
     @cached_property
-    def products(self) -> RayProducts | None:
-        "All rays by passes through the network, where the evidence was iterative; otherwise those of the model do."
-        return RayProducts(self.lin, 16) if self.evidence.method == "iterative" else None
-
-    @cached_property
     def mean(self) -> Tensor: # (H, W)
         "x̂, moved by what the held-out rays add to it: x̂ + K_xy K_yy⁻¹ (0, r_h)."
-        rays = self.products or self.model
-        r = rays.residual.clone()
-        r[:rays.training] = 0
-        return self.lin.recon.image + self.lin.jvp(self._weights_from(r[None]))[0]
-
-    def _weights_from(self, r: Tensor) -> Tensor: # r (B, n), float64 → (B, parameters)
-        "Σ_θ (AJ)ᵀ K_yy⁻¹ r: the weights that explain the residuals `r`."
-        if self.products: pulled = self.products.to_weights(iterated(self.evidence, self.products, r.T))
-        else: pulled = torch.cholesky_solve(r.T, self.evidence.factor).T.to(self.model.rows) @ self.model.rows
-        return self.evidence.prior.apply(self.lin, pulled)
-
-    def covariance_with(self, jacobian: Tensor) -> tuple[Tensor, Tensor]: # (B, parameters) → (B, B), (n, B)
-        "For rows of J or of another AJ: their prior covariance, and L⁻¹ times their covariance with the measurement."
-        moved = self.evidence.prior.apply(self.lin, jacobian)
-        cross = torch.linalg.solve_triangular(self.evidence.factor, (self.model.rows @ moved.T).double(), upper=False)
-        return (jacobian @ moved.T).double(), cross
+        r = self.model.residual.clone()
+        r[:self.model.training] = 0
+        return self.lin.recon.image + self.lin.jvp(self.evidence.covariance.weights_given(r[:, None]))[0]
 
     def std(self, chunk: int = 16, progress: bool = False) -> Tensor: # (H, W)
         """The exact standard deviation of every pixel, from the rows of J, `chunk` at a time.
 
-        A difference of variances: what is below the precision (eps) of the prior variance is raised to that. Where the
-        evidence has a basis, what lies outside is not used, so that the bars are longer.
+        A difference of variances: what is below the precision (eps) of the prior variance is raised to that.
         """
         image = self.lin.recon.image
         variance, smallest = image.new_empty(image.numel()), torch.finfo(image.dtype).eps
         pull = self.lin.pullback(min(chunk, len(variance)))
         for i in tqdm(range(0, len(variance), chunk), "std", disable=not progress):
             e = unit_vectors(image.shape, range(i, min(i + chunk, len(variance))), image)
-            prior, cross = self.covariance_with(pull(e))
-            prior = prior.diagonal()
-            variance[i:i + chunk] = torch.maximum(prior - cross.square().sum(0), smallest * prior)
+            prior, explained = (C.diagonal() for C in self.evidence.covariance.explained(pull(e)))
+            variance[i:i + chunk] = torch.maximum(prior - explained, smallest * prior)
         return self.scale * variance.sqrt().view(image.shape)
 
     def deviations(self, n: int, seed: int = 0, chunk: int = 16) -> Iterator[Tensor]: # (≤ chunk, H, W) each
-        "Samples of x − mean by pathwise conditioning (Wilson et al. 2020): J (θ₀ + Σ_θ (AJ)ᵀ K_yy⁻¹ (ξ − AJθ₀))."
+        "Samples of x − mean by pathwise conditioning (Wilson et al. 2020): J (θ₀ − Σ_θ (AJ)ᵀ K_yy⁻¹ (AJθ₀ + ξ))."
         if n < 1: raise ValueError(f"n: {n} samples; draw at least 1")
-        generator, push = torch.Generator().manual_seed(seed), self.lin.pushforward(min(chunk, n))
+        K, generator = self.evidence.covariance, torch.Generator().manual_seed(seed)
+        push = self.lin.pushforward(min(chunk, n))
         for i in range(0, n, chunk):
-            theta = self.evidence.prior.sample(self.lin, min(chunk, n - i), generator)
-            seen = self.products.to_rays(theta).T if self.products else (theta @ self.model.rows.T).double()
-            noise = self.evidence.noise_std * torch.randn(seen.shape, generator=generator, dtype=seen.dtype).to(seen)
-            yield self.scale * push(theta + self._weights_from(noise - seen))
+            theta, rays = K.draw(min(chunk, n - i), generator)
+            yield self.scale * push(theta - K.weights_given(rays))
 
     def sample(self, n: int, seed: int = 0) -> Tensor: # (n, H, W)
         "n images from the posterior."
@@ -94,13 +74,10 @@ class Posterior:
         return (sum(d.square().sum(0) for d in self.deviations(n, seed)) / n).sqrt()
 
     def save(self, path: str | Path) -> None:
-        "Write reconstruction, hyperparameters and, if there is one, the basis to one safetensors file, atomically."
-        if not isinstance(self.evidence.prior, FilterPrior):
-            raise TypeError(f"evidence.prior: a {type(self.evidence.prior).__name__} cannot be saved; save the result "
-                            "of `std` or `sample`, or fit a filter prior")
-        (tensors, about), basis = self.lin.recon.parts(), self.model.basis
-        if basis: tensors |= {"basis.rows": self.model.rows, "basis.fitted": basis[0], "basis.held_out": basis[1]}
-        kept = "noise_std", "value", "objective", "evaluations", "seconds", "method", "history"
+        "Write reconstruction and hyperparameters to one safetensors file, atomically."
+        tensors, about = self.lin.recon.parts()
+        if self.lin.pixels is not None: tensors["free_pixels"] = self.lin.pixels / self.lin.recon.scale
+        kept = "noise_std", "value", "objective", "evaluations", "seconds", "history"
         found = dict(evidence={k: getattr(self.evidence, k) for k in kept}, prior=asdict(self.evidence.prior),
                      scale=self.scale)
         save_tensors(path, tensors, about | dict(posterior=found))
@@ -115,12 +92,9 @@ class Posterior:
         recon, (tensors, about) = Reconstruction.load(path, scan, net), load_tensors(path)
         if "posterior" not in about:
             raise ValueError(f"path: {str(path)!r} holds a reconstruction alone; load it by Reconstruction.load")
-        about, device = about["posterior"], scan.measurement.device
-        lin = Linearization(recon, free_pixels=FREE in about["prior"]["blocks"])
-        basis = {k: v.to(device) for k, v in named(tensors, "basis.").items()}
-        rows = basis["rows"] if basis else lin.rows(fitted_first(lin)[0], progress=progress)
-        prior, basis = FilterPrior(**about["prior"]), (basis["fitted"], basis["held_out"]) if basis else None
-        model = Model.of(lin, prior.blocks, rows, basis)
+        about = about["posterior"]
+        lin, prior = Linearization(recon, tensors.get("free_pixels", False)), FilterPrior(**about["prior"])
+        model = Model.of(lin, prior.blocks, lin.rows(fitted_first(lin)[0], progress=progress))
         return cls(Evidence(model, prior, **about["evidence"]), about["scale"])
 
     def predict(self, operator: LinearOperator) -> tuple[Tensor, Tensor]: # mean range_shape, covariance (d, d)
@@ -128,8 +102,8 @@ class Posterior:
         if tuple(operator.domain_shape) != tuple(self.lin.recon.image.shape):
             raise ValueError(f"operator: it takes images of shape {tuple(operator.domain_shape)}, but the posterior's "
                              f"have {tuple(self.lin.recon.image.shape)}; build it for these")
-        prior, cross = self.covariance_with(self.lin.rows(operator))
-        return operator(self.mean), self.scale**2 * (prior - cross.T @ cross)
+        prior, explained = self.evidence.covariance.explained(self.lin.rows(operator, free_pixels=True))
+        return operator(self.mean), self.scale**2 * (prior - explained)
 
 # %% ../nbs/18_posterior.ipynb #30b28865
 def log_density(error: Tensor, std: Tensor) -> Tensor: # tensors of one shape → the same

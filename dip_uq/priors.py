@@ -36,13 +36,12 @@ def tap_covariance(distances: Tensor, # r, in taps
 # %% ../nbs/15_priors.ipynb #46bbb8f4
 def one_block(lin: Linearization) -> dict[str, list[str]]:
     "All convolutions together, one variance and one length scale for the whole network; free pixels by themselves."
-    blocks = {"all": [name for name in lin.convs if name != FREE]}
-    return blocks | ({FREE: [FREE]} if FREE in lin.convs else {})
+    return {"all": list(lin.convs)} | ({FREE: [FREE]} if FREE in lin.filters else {})
 
 def network_blocks(lin: Linearization) -> dict[str, list[str]]:
     "The convolutions of each of the network's blocks: those with the same parent module share hyperparameters."
     blocks = {}
-    for name in lin.convs: blocks.setdefault(name.rpartition(".")[0] or name, []).append(name)
+    for name in lin.filters: blocks.setdefault(name.rpartition(".")[0] or name, []).append(name)
     return blocks
 
 # %% ../nbs/15_priors.ipynb #e6756f1f
@@ -73,7 +72,7 @@ class FilterPrior:
         if block is None:
             raise ValueError(f"blocks: convolution {conv!r} is in none; make them by one_block(lin) or "
                              "network_blocks(lin)")
-        distances, index = tap_distances(lin.convs[conv].kernel_size)
+        distances, index = tap_distances(lin.filters[conv])
         return tap_covariance(distances, self.variance[block], self.length[block], self.family)[index]
 
     def apply(self, lin: Linearization, v: Tensor) -> Tensor: # (..., parameters) → the same
@@ -95,7 +94,7 @@ class FilterPrior:
     def _filterwise(self, lin: Linearization, v: Tensor, factor: Callable[[Tensor], Tensor]) -> Tensor:
         "Multiply the taps of every filter from the right by `factor`(its kernel)."
         parts = [(p.unflatten(-1, (-1, len(K))) @ factor(K).to(p)).flatten(-2)
-                 for p, K in zip(v.split(lin.sizes, -1), (self.kernel(lin, conv) for conv in lin.convs))]
+                 for p, K in zip(v.split(lin.sizes, -1), (self.kernel(lin, conv) for conv in lin.filters))]
         return torch.cat(parts, -1)
 
 # %% ../nbs/15_priors.ipynb #d7a10002
@@ -154,9 +153,9 @@ class TVPrior:
         for ends in tqdm(pairs[chosen].split(chunk), "differences of J", disable=not progress):
             u = lin.recon.z.new_zeros(len(ends), len(x))
             u.scatter_(1, ends.to(u.device), u.new_tensor([-1.0, 1.0]).expand(len(ends), 2))
-            parts = dict(zip(lin.convs, pull(u.view(-1, *lin.recon.image.shape)).split(lin.sizes, 1)))
+            parts = dict(zip(lin.filters, pull(u.view(-1, *lin.recon.image.shape)).split(lin.sizes, 1)))
             for b, names in blocks.items():
-                found[b].append(sum(class_squares(parts[c], lin.convs[c].kernel_size, distances[b]) for c in names))
+                found[b].append(sum(class_squares(parts[c], lin.filters[c], distances[b]) for c in names))
         differences = x[pairs[:, 1]] - x[pairs[:, 0]]
         return cls(differences[chosen].cpu(), {b: (distances[b], torch.cat(q, 1).cpu()) for b, q in found.items()},
                    len(chosen) / len(pairs), float(differences.abs().sum()))

@@ -150,7 +150,7 @@ def test_nothing_global_changes_and_the_network_stays_as_it_was():
 @pytest.mark.parametrize("kernel", [(5, 5), (3, 3, 3)])
 def test_sample_covariance_of_larger_filters(kernel, length):
     conv = (nn.Conv2d, nn.Conv3d)[len(kernel) - 2](1, 1, kernel)
-    lin = SimpleNamespace(convs={"c": conv}, sizes=[conv.weight.numel()], parameters=conv.weight.numel(),
+    lin = SimpleNamespace(filters={"c": kernel}, sizes=[conv.weight.numel()], parameters=conv.weight.numel(),
                           recon=SimpleNamespace(z=numbers(1)))
     prior = FilterPrior({"c": ["c"]}, {"c": 2.}, {"c": length})
     x, K = prior.sample(lin, 100_000, torch.Generator().manual_seed(0)), prior.kernel(lin, "c")
