@@ -19,16 +19,12 @@ reference    only with the first seed: root mean square differences inside the d
              fit to 360 leaves of all 720: its correlation over 0.5° and 6°, and the noise of the instrument, by second
              differences over neighbouring projections
 """
-import argparse
-import json
 from dataclasses import replace
 from functools import lru_cache
-from pathlib import Path
 
 import torch
+from common import Lines, arguments, some
 from torch.nn.functional import avg_pool2d
-
-from calibration import instrument_noise
 
 from dip_uq.calibration import check_held_out, coverage, log_likelihood, z_std
 from dip_uq.dip import psnr, reconstruct
@@ -72,6 +68,11 @@ def about(solution):
     evidence, tau = solution.posterior.evidence, solution.posterior.evidence.prior.variance[FREE]**0.5 * lin.recon.scale
     return dict(rays_z=solution.check.z_std, fitted=rms(r[:t]), held_out=rms(r[t:]), free_pixels=tau,
                 value=evidence.value, correction=solution.check.correction)
+
+
+def instrument_noise(y):
+    "From second differences over neighbouring projections, of 720 in `y`: rms / √6, resistant to edges by medians."
+    return float((y[2:] - 2 * y[1:-1] + y[:-2]).abs().median()) / 0.6745 / 6**0.5
 
 
 def seen_by_averaged(name, angles): return field_of_view(load_htc2022(name, angles, SIZE, BINS).operator)
@@ -130,24 +131,13 @@ PARTS = {"solve": plain, "one-ray": one_ray, "fine-pixels": fine_pixels, "profil
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--names", nargs="+", default=["ta", "tb"])
-    parser.add_argument("--angles", nargs="+", type=int, default=[30, 60])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    args = parser.parse_args()
-    lines = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
+    args = arguments(__doc__, parts=some(PARTS), names=["ta", "tb"], angles=[30, 60], seeds=[0])
     wanted = [(part, name, angles, seed) for name in args.names for angles in args.angles for seed in args.seeds
               for part in args.parts if part != "reference" or seed == args.seeds[0]]
-    done = {(d["part"], d["name"], d["angles"], d["seed"]) for d in lines}
-    for part, *case in wanted:
-        if (part, *case) not in done:
-            found = [dict(part=part, name=case[0], angles=case[1], seed=case[2]) | line for line in PARTS[part](*case)]
-            with args.out.open("a") as f: print(*map(json.dumps, found), sep="\n", file=f)
-            lines += found
+    lines = Lines(args.out, "part", "name", "angles", "seed")
+    for part, *case in lines.missing(wanted): lines.add((part, *case), *PARTS[part](*case))
     for d in lines:
-        if (d["part"], d["name"], d["angles"], d["seed"]) in wanted:
+        if lines.case(d) in wanted:
             print(", ".join(f"{k} {v:.4g}" if isinstance(v, float) else str(v) for k, v in d.items()))
 
 

@@ -20,19 +20,17 @@ supervised   one pass of the educated network
 Without fresh weights nothing is random on a measured scan: one run counts for all seeds. Seconds are processor time of this
 process, so that other work on the machine does not count.
 """
-import argparse
-import json
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from statistics import median
 from time import process_time
 
 import torch
+from common import Lines, arguments, print_table, timed
 from skimage import data as skimage_data
 from skimage.transform import resize_local_mean
 
-from dip_uq.cli import demo_scan
-from dip_uq.data import ellipses, shepp_logan, simulate
+from dip_uq.data import ellipses, shepp_logan, simulate, walnut
 from dip_uq.dip import psnr, reconstruct
 from dip_uq.networks import UNet
 from dip_uq.pretraining import FINE, Pretrained, fan_scanner, fine_tune
@@ -50,11 +48,12 @@ def methods(taught):
             "supervised": taught}
 
 
+@lru_cache(1)
 def load(name, size, angles, seed):
     "The scan called `name`, see above."
-    if name == "walnut": return demo_scan(size, angles, seed=seed)
     if name in ("ta", "tb"): return load_htc2022(name, angles, size)
-    images = dict(ellipses=lambda: ellipses(size, 10_000 + seed), shepp_logan=lambda: shepp_logan(size), page=lambda: page(size))
+    images = dict(walnut=lambda: walnut(size, seed), ellipses=lambda: ellipses(size, 10_000 + seed),
+                  shepp_logan=lambda: shepp_logan(size), page=lambda: page(size))
     return simulate(images[name](), fan_scanner(size, angles), 0.05, seed)
 
 
@@ -67,14 +66,12 @@ def page(size):
 
 def measure(scan, method, seed):
     "PSNR of all iterates (one, where nothing is fitted), that of the last in the field of view, and the seconds."
-    began = process_time()
-    if isinstance(method, Pretrained): image, history = method(scan), None
-    else:
-        recon = method(scan, stop="fixed", seed=seed, progress=False)
-        image, history = recon.image, recon.history["psnr"].tolist()
-    seconds, seen = process_time() - began, field_of_view(scan.operator)
-    return dict(seconds=seconds, last=psnr(image, scan.truth), seen=psnr(image[seen], scan.truth[seen]),
-                history=history or [psnr(image, scan.truth)])
+    options = {} if isinstance(method, Pretrained) else dict(stop="fixed", seed=seed, progress=False)
+    found, seconds = timed(method, scan, clock=process_time, **options)
+    image, seen = found.image if options else found, field_of_view(scan.operator)
+    last = psnr(image, scan.truth)
+    return dict(seconds=seconds, last=last, seen=psnr(image[seen], scan.truth[seen]),
+                history=found.history["psnr"].tolist() if options else [last])
 
 
 def table(lines, name):
@@ -94,34 +91,24 @@ def table(lines, name):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--scans", nargs="+", default=["walnut", "ta", "tb"])
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--size", type=int, default=64)
-    parser.add_argument("--angles", type=int, default=30)
-    parser.add_argument("--weights", type=Path, help="a file of dip-uq pretrain, instead of the shipped one")
-    parser.add_argument("--methods", nargs="+")
-    args = parser.parse_args()
-    lines = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
-    done, all_methods = {(d["scan"], d["seed"], d["method"]) for d in lines}, methods(Pretrained.load(args.weights))
-    for seed in range(args.seeds):
-        for name in args.scans:
-            scan = load(name, args.size, args.angles, seed)
-            for method in args.methods or all_methods:
-                fixed = name in ("ta", "tb") and not method.startswith("dip")
-                if (name, seed, method) in done or (seed and fixed): continue
-                line = dict(scan=name, seed=seed, method=method, **measure(scan, all_methods[method], seed))
-                with args.out.open("a") as f: print(json.dumps(line), file=f)
-                lines.append(line)
-    def show(v, digits): return "–" if v is None else f"{v:.{digits}f}"
+    weights = dict(type=Path, help="a file of dip-uq pretrain, instead of the shipped one")
+    args = arguments(__doc__, scans=["walnut", "ta", "tb"], seeds=5, size=64, angles=30, weights=weights,
+                     methods=dict(nargs="+"))
+    lines, works = Lines(args.out, "scan", "seed", "method"), methods(Pretrained.load(args.weights))
+    def random(name, method): return name not in ("ta", "tb") or method.startswith("dip")
+    cases = [(name, seed, method) for seed in range(args.seeds) for name in args.scans
+             for method in args.methods or works if not seed or random(name, method)]
+    for name, seed, method in lines.missing(cases):
+        scan = load(name, args.size, args.angles, seed)
+        lines.add((name, seed, method), measure(scan, works[method], seed))
+    heads = ("method", "runs", "steady PSNR", "last", "in the field of view", "max − steady", "rise", "of DIP's", "rise [s]",
+             "of DIP's")
+    digits = dict(name="", runs="", steady=".2f", last=".2f", seen=".2f", overfitting=".2f", rise=".0f", share=".2f",
+                  rise_seconds=".1f", share_seconds=".2f")
     for name in args.scans:
-        print(f"\n{name}, {args.size}², {args.angles} projections\n\n| method | runs | steady PSNR | last | in the field of view "
-              "| max − steady | rise | of DIP's | rise [s] | of DIP's |\n" + "|---" * 10 + "|")
-        for r in table(lines, name):
-            print(f"| {r['name']} | {r['runs']} | {r['steady']:.2f} | {r['last']:.2f} | {r['seen']:.2f} | "
-                  f"{r['overfitting']:.2f} | {show(r['rise'], 0)} | {show(r['share'], 2)} | "
-                  f"{show(r['rise_seconds'], 1)} | {show(r['share_seconds'], 2)} |")
+        print(f"\n{name}, {args.size}², {args.angles} projections\n")
+        print_table(heads, [["–" if r[key] is None else f"{r[key]:{form}}" for key, form in digits.items()]
+                            for r in table(lines, name)])
 
 
 if __name__ == "__main__": main()

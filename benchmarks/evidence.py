@@ -15,16 +15,15 @@ walnut       501² pixels, 7,680 rays, U-Net 6 × 128: needs a GPU with 110 GB
 Times are wall-clock seconds of this process; cpu_seconds beside them tell how much of it the machine was busy with
 others. In FILE a case replaces its former figures.
 """
-import argparse
 import json
 import math
 import os
-from pathlib import Path
 from time import perf_counter, process_time
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from common import KMNIST, arguments, kmnist, some
 
 from dip_uq.data import ellipses, simulate, walnut
 from dip_uq.dip import reconstruct
@@ -33,6 +32,7 @@ from dip_uq.evidence import (OBJECTIVES, Correction, Model, draw_rays, fit_evide
 from dip_uq.linearization import Linearization, class_grams
 from dip_uq.networks import UNet
 from dip_uq.pipeline import peak_memory_mb, versions
+from dip_uq.pretraining import fan_scanner
 from dip_uq.priors import TVPrior, network_blocks, one_block
 from dip_uq.rays import fan_beam, parallel_beam
 
@@ -67,13 +67,6 @@ def fit(lin, objective, blocks, noise_std, tv=False, chunk=8):
                        peak_memory_mb=peak_memory_mb())
 
 
-def kmnist(folder):
-    "A digit of KMNIST-test where the data are at hand, otherwise ellipses of the same size."
-    file = Path(folder) / "kmnist/kmnist_test_first50.npz"
-    if not file.exists(): return ellipses(28, 0), "phantom"
-    return torch.from_numpy(np.load(file)["images"][0]).float() / 255, "kmnist-test 0"
-
-
 def small(image, angles, bins, channels, iterations=500, norm=False):
     A = parallel_beam(np.linspace(0, np.pi, angles, endpoint=False), image.shape, bins)
     scan = simulate(image, A, noise=0.05)
@@ -82,7 +75,7 @@ def small(image, angles, bins, channels, iterations=500, norm=False):
 
 
 def kmnist28(out):
-    image, name = kmnist(os.environ.get("DIP_UQ_DATA", ""))
+    image, name = (kmnist(0), "kmnist-test 0") if KMNIST.exists() else (ellipses(28, 0), "phantom")
     lin = small(image, 20, 41, 32)
     return dict(image=name) | fit(lin, "paper", network_blocks(lin), None, tv=True)[1]
 
@@ -137,8 +130,7 @@ def lowrank128(out, ranks=(200, 400, 500, 600)):
 
 
 def toy():
-    A = fan_beam(np.linspace(0, 2 * np.pi, 10, endpoint=False), (16, 16), 16, 1.5, source_origin=48, origin_detector=24)
-    scan = simulate(walnut(16), A, noise=0.03).hold_out(2)
+    scan = simulate(walnut(16), fan_scanner(16, 10), noise=0.03).hold_out(2)
     return Linearization(reconstruct(scan, UNet(2, 6, 2), tv=1e-5, iterations=200, stop="heldout", start="cgls",
                                      learning_rate=5e-3, progress=False))
 
@@ -191,10 +183,7 @@ def walnut501(out):
 CASES = dict(kmnist28=kmnist28, lowrank128=lowrank128, growth=growth, largest=largest, methods=methods, half=half, walnut=walnut501)
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="JSON file for the figures")
-    parser.add_argument("--case", nargs="+", choices=CASES, default=["kmnist28"])
-    given = parser.parse_args()
+    given = arguments(__doc__, case=some(CASES, ["kmnist28"]))
     for name in given.case:
         found = json.loads(given.out.read_text()) if given.out.exists() else {}
         found[name] = dict(versions=versions(), threads=torch.get_num_threads(), load=os.getloadavg()[0]) | CASES[name](given.out)

@@ -1,6 +1,6 @@
 """How fast the path from scan to error bars is, as ratios to baselines measured in the same run.
 
-python benchmarks/first_light.py [--case products|dip|rows|evidence] [--out FILE]
+    python benchmarks/first_light.py [--case products dip rows evidence] [--out FILE]
 
 products: the ray transform against SciPy's product with its matrix, and 64 images at once against 64 single ones
 dip:      one step of `reconstruct` against a bare PyTorch loop over the same network, operator and loss
@@ -8,15 +8,13 @@ rows:     rows of AJ per second against torch.func's vmap(vjp), its best chunk; 
           that rows at the speed of sgemm would have
 evidence: one evaluation with gradient against d_y, with the fitted exponent
 """
-import argparse
-import json
 import math
 from pathlib import Path
 from statistics import median
-from time import perf_counter
 
 import numpy as np
 import torch
+from common import arguments, some, timed, write
 from torch import nn
 
 from dip_uq.data import simulate, walnut
@@ -33,10 +31,7 @@ def scan(size=128, angles=30, bins=140):
     return simulate(walnut(size, 0), A, 0.05).hold_out(angles // 6)
 
 
-def seconds(work):
-    start = perf_counter()
-    work()
-    return perf_counter() - start
+def seconds(work): return timed(work)[1]
 
 
 def bare_steps(net, z, A, y, fitted, gamma):
@@ -135,9 +130,9 @@ def evidence(angles=(12, 18, 30, 48, 72, 96), bins=42, repeats=3):
 
 
 def products(repeats=25):
-    began = perf_counter()
-    A, x, batch = scan().operator, torch.rand(128, 128), torch.rand(64, 128, 128)
-    matrix, built = A.matrix.astype(np.float32), perf_counter() - began
+    s, built = timed(scan)
+    A, x, batch = s.operator, torch.rand(128, 128), torch.rand(64, 128, 128)
+    matrix = A.matrix.astype(np.float32)
     works = dict(ours=lambda: A(x), scipy=lambda: matrix @ x.numpy().ravel(), batch=lambda: A(batch))
     for work in works.values(): work()
     times = {name: median(seconds(work) for _ in range(repeats)) for name, work in works.items()}
@@ -149,15 +144,9 @@ CASES = dict(products=products, dip=dip, rows=rows, evidence=evidence)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", choices=CASES, action="append", help="one of the four; all by default")
-    parser.add_argument("--out", type=Path, help="write the JSON here as well")
-    args = parser.parse_args()
-    found = dict(threads=torch.get_num_threads(), torch=torch.__version__)
-    for case in args.case or CASES: found[case] = CASES[case]()
-    text = json.dumps(found, indent=2)
-    if args.out: args.out.write_text(text + "\n")
-    print(text)
+    args = arguments(__doc__, case=some(CASES), out=dict(type=Path, help="write the JSON here as well"))
+    write(dict(threads=torch.get_num_threads(), torch=torch.__version__) | {case: CASES[case]() for case in args.case},
+          args.out)
 
 
 if __name__ == "__main__": main()

@@ -28,19 +28,19 @@ than the floor; blind is the share of pixels that have shorter ones and err by m
 how much lower the log likelihood is than that of tv-map on the same scan. Seconds are processor time; what methods
 share counts for the first of them.
 """
-import argparse
-import json
 import math
 import os
 from dataclasses import replace
 from functools import cached_property, partial
+from itertools import groupby
 from multiprocessing import get_context
-from pathlib import Path
 from statistics import mean, stdev
 from time import process_time
 
 import numpy as np
 import torch
+from common import Lines, arguments, print_table, some, timed
+from common import kmnist as image
 from torch.distributions import MultivariateNormal
 from tqdm import tqdm
 
@@ -61,13 +61,6 @@ from dip_uq.scores import crps, patches_of
 PIXELS = mask(torch.ones(28, 28, dtype=torch.bool))  # all of them, seen directly
 
 
-def image(index):
-    "A digit of KMNIST-test, grey values from 0 to 1."
-    file = Path(os.environ.get("DIP_UQ_DATA", "")) / "kmnist/kmnist_test_first50.npz"
-    if not file.exists(): raise SystemExit(f"{file} is missing; set DIP_UQ_DATA to the folder that holds kmnist/")
-    return torch.from_numpy(np.load(file)["images"][index]).float() / 255
-
-
 def floor(scan):
     "Noise as seen by a pixel: σ_y² mean diag (AᵀA)⁺, by the 100 largest singular values as in the paper's code."
     singular = torch.linalg.svdvals(torch.from_numpy(scan.operator.matrix.toarray()).double())[:100]
@@ -82,9 +75,7 @@ class Case:
         self.settings, self.fit = (index, angles, noise, iterations), dict(iterations=iterations, learning_rate=2e-3)
 
     def timed(self, step, work, *args, **options):
-        began = process_time()
-        found = work(*args, **options)
-        self.seconds[step] = process_time() - began
+        found, self.seconds[step] = timed(work, *args, clock=process_time, **options)
         return found
 
     @cached_property
@@ -181,16 +172,16 @@ def scores(middle, C, truth, least):
 
 
 def run(task):
-    "The lines of one image and setting."
-    (index, angles, noise, iterations), names = task
-    case, lines = Case(index, angles, noise, iterations), []
+    "The findings of one image and setting, and of which case each is."
+    settings, names = task
+    case, found = Case(*settings), []
     for name in names:
         case.seconds = {}
         middle, C, more = METHODS[name](case)
         least = 0.0 if name.startswith("constant") else floor(case.scan)
-        lines.append(dict(image=index, angles=angles, noise=noise, iterations=iterations, method=name,
-                          **scores(middle, C, case.scan.truth, least), floor=least**0.5, seconds=case.seconds, **more))
-    return lines
+        figures = dict(**scores(middle, C, case.scan.truth, least), floor=least**0.5, seconds=case.seconds, **more)
+        found.append(((*settings, name), figures))
+    return found
 
 
 def compare(lines):
@@ -207,8 +198,9 @@ def table(lines, settings, names, key):
         found = [value for value in found if value is not None]
         if not found: return "–"
         return f"{mean(found):.3f}" + (f" ± {stdev(found) / len(found)**0.5:.3f}" if len(found) > 1 else "")
-    print(f"\n{key}\n\n| projections, noise | " + " | ".join(names) + " |\n" + "|---" * (1 + len(names)) + "|")
-    for a, p in settings: print(f"| {a}, {p:.0%} | " + " | ".join(cell(name, (a, p)) for name in names) + " |")
+    print(f"\n{key}\n")
+    print_table(["projections, noise", *names],
+                [[f"{a}, {p:.0%}", *(cell(name, (a, p)) for name in names)] for a, p in settings])
 
 
 def seconds(lines, names):
@@ -221,26 +213,17 @@ def seconds(lines, names):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--images", type=int, default=10, choices=range(1, 51), metavar="N", help="the first N")
-    parser.add_argument("--angles", nargs="+", type=int, default=[5, 10, 20, 30])
-    parser.add_argument("--noise", nargs="+", type=float, default=[0.05, 0.1])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=[m for m in METHODS if m != "joint"])
-    parser.add_argument("--iterations", type=int, default=600)
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes of one thread each")
-    args = parser.parse_args()
-    lines = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
-    done = {(d["image"], d["angles"], d["noise"], d["iterations"], d["method"]) for d in lines}
-    settings, todo = [(a, p) for p in args.noise for a in args.angles], []
-    for index in range(args.images):
-        for setting in settings:
-            case = index, *setting, args.iterations
-            if missing := [m for m in args.methods if (*case, m) not in done]: todo.append((case, missing))
+    args = arguments(__doc__, images=dict(type=int, default=10, choices=range(1, 51), metavar="N", help="the first N"),
+                     angles=[5, 10, 20, 30], noise=[0.05, 0.1], methods=some(METHODS, [m for m in METHODS if m != "joint"]),
+                     iterations=600, workers=dict(type=int, default=os.cpu_count(), help="processes of one thread each"))
+    lines = Lines(args.out, "image", "angles", "noise", "iterations", "method")
+    settings = [(a, p) for p in args.noise for a in args.angles]
+    missing = lines.missing((index, *setting, args.iterations, method) for index in range(args.images)
+                            for setting in settings for method in args.methods)
+    todo = [(case, [method for *_, method in cases]) for case, cases in groupby(missing, lambda case: case[:-1])]
     with get_context("spawn").Pool(args.workers, torch.set_num_threads, (1,)) as pool:
         for found in tqdm(pool.imap_unordered(run, todo), total=len(todo)):
-            with args.out.open("a") as f: print(*map(json.dumps, found), sep="\n", file=f)
-            lines += found
+            for case, figures in found: lines.add(case, figures)
         pool.close()
         pool.join()
     shown = compare([d for d in lines if d["iterations"] == args.iterations and d["image"] < args.images])

@@ -5,12 +5,11 @@
 96² pixels, U-Net 4 × 16, one thread. The time inside the callback that draws and sends the figure is set against the rest
 of the same run, since the difference of two runs is smaller than the noise of either.
 """
-import argparse
 import json
-from pathlib import Path
 from statistics import median
 
 import nbformat
+from common import arguments, write
 from nbclient import NotebookClient
 
 CODE = """
@@ -43,16 +42,10 @@ print(json.dumps(runs))
 """
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="JSON file for the figures")
-    parser.add_argument("--iterations", type=int, default=400)
-    parser.add_argument("--rounds", type=int, default=3)
-    args = parser.parse_args()
+    args = arguments(__doc__, iterations=400, rounds=3)
     cell = nbformat.v4.new_code_cell(CODE.format(iterations=args.iterations, rounds=args.rounds))
     NotebookClient(notebook := nbformat.v4.new_notebook(cells=[cell]), timeout=None).execute()
     outputs = notebook.cells[0].outputs
     runs = json.loads(next(o.text for o in outputs if o.output_type == "stream" and o.name == "stdout"))
-    figures = sum("image/png" in o.get("data", {}) for o in outputs)
-    found = dict(seconds=runs, cost=median(r["drawing"] / (r["all"] - r["drawing"]) for r in runs), figures_shown=figures)
-    args.out.write_text(json.dumps(found, indent=2))
-    print(json.dumps(found, indent=2))
+    cost = median(r["drawing"] / (r["all"] - r["drawing"]) for r in runs)
+    write(dict(seconds=runs, cost=cost, figures_shown=sum("image/png" in o.get("data", {}) for o in outputs)), args.out)

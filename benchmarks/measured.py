@@ -13,13 +13,10 @@ dip, dip+tv       the defaults of `reconstruct`, without and with TV; nothing is
 `psnr` and `ssim` are of the whole image, `psnr_seen` is of the field of view: outside it the published image holds an offset
 where there is air, and whoever has none pays for it.
 """
-import argparse
-import json
-from functools import partial
-from pathlib import Path
-from time import perf_counter
+from functools import lru_cache
 
 import torch
+from common import Lines, arguments, print_table, some, timed
 from skimage.metrics import structural_similarity
 from torch.nn.functional import pad
 
@@ -29,6 +26,7 @@ from dip_uq.operators import cgls
 from dip_uq.rays import fbp, field_of_view
 from dip_uq.scans import load_htc2022
 
+METHODS = "fbp", "cgls", "tv-oracle", "tv-held-out", "dip", "dip+tv"
 WEIGHTS = torch.logspace(0.75, -1.5, 10).tolist()
 
 
@@ -61,9 +59,8 @@ def tv_sweep(scan, iterations=300):
     "For each weight the image, the seconds, and how far the objective still falls if the iterations go on."
     found, x = [], torch.zeros(scan.operator.domain_shape)
     for weight in WEIGHTS:
-        weight, began = weight * 0.04, perf_counter()  # 0.04 / mm: the disc
-        x = total_variation(scan.operator, scan.measurement, weight, x, iterations)
-        seconds = perf_counter() - began
+        weight *= 0.04  # 0.04 / mm: the disc
+        x, seconds = timed(total_variation, scan.operator, scan.measurement, weight, x, iterations)
         def objective(x): return float((scan.operator(x) - scan.measurement).square().sum() / 2 + weight * variation(x))
         longer = total_variation(scan.operator, scan.measurement, weight, x, iterations)
         found.append(dict(image=x, seconds=seconds, weight=weight, unconverged=objective(x) / objective(longer) - 1))
@@ -74,28 +71,25 @@ def methods(scan, iterations):
     "What gives the images of each method: a list of dictionaries with `image`, of which the best ones count."
     A, y = scan.operator, scan.measurement
 
-    def timed(work, **more):
-        began = perf_counter()
-        return dict(image=work(), seconds=perf_counter() - began, **more)
+    def image(work, *args, **more):
+        found, seconds = timed(work, A, y, *args)
+        return dict(image=found, seconds=seconds, **more)
 
     def tv_held_out():
         part = scan.hold_out(round(len(y) / 6))
         sweep, rest = tv_sweep(part.training), part.validation
         errors = [float((rest.operator(s["image"]) - rest.measurement).square().sum()) for s in sweep]
         best = sweep[errors.index(min(errors))]
-        return [timed(partial(total_variation, A, y, best["weight"], best["image"], 300), weight=best["weight"])]
+        return [image(total_variation, best["weight"], best["image"], 300, weight=best["weight"])]
 
     def dip(tv):
-        began = perf_counter()
-        recon = reconstruct(scan, tv=tv, iterations=iterations, progress=False)
-        quality = recon.history["psnr"]
-        return [dict(image=recon.image, seconds=perf_counter() - began, iteration=recon.settings["iteration"],
-                     lost_by_stopping=float(quality.max() - quality[recon.settings["iteration"]]))]
+        recon, seconds = timed(reconstruct, scan, tv=tv, iterations=iterations, progress=False)
+        chosen, quality = recon.settings["iteration"], recon.history["psnr"]
+        return [dict(image=recon.image, seconds=seconds, iteration=chosen,
+                     lost_by_stopping=float(quality.max() - quality[chosen]))]
 
-    return {"fbp": lambda: [timed(partial(fbp, A, y, "hann"))],
-            "cgls": lambda: [timed(partial(cgls, A, y, k), steps=k) for k in range(5, 40, 5)],
-            "tv-oracle": lambda: tv_sweep(scan), "tv-held-out": tv_held_out,
-            "dip": lambda: dip(0.0), "dip+tv": lambda: dip(None)}
+    return dict(zip(METHODS, (lambda: [image(fbp, "hann")], lambda: [image(cgls, k, steps=k) for k in range(5, 40, 5)],
+                              lambda: tv_sweep(scan), tv_held_out, lambda: dip(0.0), lambda: dip(None))))
 
 
 def scores(scan, images):
@@ -110,29 +104,16 @@ def scores(scan, images):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--names", nargs="+", default=["ta", "tb"])
-    parser.add_argument("--angles", nargs="+", type=int, default=[30, 60])
-    parser.add_argument("--sizes", nargs="+", type=int, default=[128, 256])
-    parser.add_argument("--methods", nargs="+", default=["fbp", "cgls", "tv-oracle", "tv-held-out", "dip", "dip+tv"])
-    parser.add_argument("--iterations", type=int, default=1000)
-    args = parser.parse_args()
-    lines = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
-    done = {(d["name"], d["angles"], d["size"], d["method"]) for d in lines}
-    for size in args.sizes:
-        for name in args.names:
-            for angles in args.angles:
-                scan = load_htc2022(name, angles, size)
-                for method, work in methods(scan, args.iterations).items():
-                    if method not in args.methods or (name, angles, size, method) in done: continue
-                    line = dict(name=name, angles=angles, size=size, method=method, **scores(scan, work()))
-                    with args.out.open("a") as f: print(json.dumps(line), file=f)
-                    lines.append(line)
-    print("| scan | angles | size | method | PSNR | in the field of view | SSIM | seconds |\n" + "|---" * 8 + "|")
-    for d in lines:
-        print(f"| {d['name']} | {d['angles']} | {d['size']} | {d['method']} | {d['psnr']:.2f} | {d['psnr_seen']:.2f} | "
-              f"{d['ssim']:.3f} | {d['seconds']:.1f} |")
+    args = arguments(__doc__, names=["ta", "tb"], angles=[30, 60], sizes=[128, 256], methods=some(METHODS), iterations=1000)
+    lines, load = Lines(args.out, "name", "angles", "size", "method"), lru_cache(1)(load_htc2022)
+    for name, angles, size, method in lines.missing((name, angles, size, method) for size in args.sizes
+                                                    for name in args.names for angles in args.angles
+                                                    for method in args.methods):
+        scan = load(name, angles, size)
+        lines.add((name, angles, size, method), scores(scan, methods(scan, args.iterations)[method]()))
+    print_table(("scan", "angles", "size", "method", "PSNR", "in the field of view", "SSIM", "seconds"),
+                [(*lines.case(d), f"{d['psnr']:.2f}", f"{d['psnr_seen']:.2f}", f"{d['ssim']:.3f}", f"{d['seconds']:.1f}")
+                 for d in lines])
 
 
 if __name__ == "__main__": main()

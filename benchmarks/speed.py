@@ -6,28 +6,22 @@ A step (forward, loss, backward, clipping, Adam) of a 5 × 32 U-Net, in each way
 what else the machine does meets all of them alike; medians and ratios to float32 of the same round. `quality` fits a small
 walnut in float32 and in bfloat16 and gives the PSNR of both.
 """
-import argparse
-import json
 import multiprocessing
 from contextlib import nullcontext
-from pathlib import Path
 from statistics import median
-from time import perf_counter
 
-import numpy as np
 import torch
+from common import arguments, timed, write
 
 from dip_uq.data import simulate, walnut
 from dip_uq.dip import first_guess, picture, psnr, total_variation, tv_for_noise
 from dip_uq.networks import UNet, fresh
-from dip_uq.rays import fan_beam
+from dip_uq.pretraining import fan_scanner
 
 WAYS = dict(float32={}, bfloat16=dict(low=True), channels_last=dict(last=True), compiled=dict(compiled=True))
 
 
-def scan(size, angles=30):
-    A = fan_beam(np.linspace(0, 2 * np.pi, angles, endpoint=False), (size, size), size, 1.5, 3 * size, 1.5 * size)
-    return simulate(walnut(size, 0), A, 0.05)
+def scan(size): return simulate(walnut(size, 0), fan_scanner(size, 30), 0.05)
 
 
 def stepper(s, net, low=False, last=False, compiled=False, iterations=1500):
@@ -51,11 +45,7 @@ def stepper(s, net, low=False, last=False, compiled=False, iterations=1500):
 
 
 def seconds(steps, repeats=1):
-    if torch.cuda.is_available(): torch.cuda.synchronize()
-    start = perf_counter()
-    for _ in range(repeats): next(steps)
-    if torch.cuda.is_available(): torch.cuda.synchronize()
-    return (perf_counter() - start) / repeats
+    return timed(lambda: [next(steps) for _ in range(repeats)])[1] / repeats
 
 
 def ways(s, repeats):
@@ -104,13 +94,7 @@ def quality(device, size=48, iterations=600):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="JSON file for the figures")
-    parser.add_argument("--size", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=12)
-    args = parser.parse_args()
+    args = arguments(__doc__, size=128, repeats=12)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found = dict(device=str(device), threads=torch.get_num_threads(), side_by_side=side_by_side(args.size),
-                 ways=ways(scan(args.size).to(device), args.repeats), quality=quality(device))
-    args.out.write_text(json.dumps(found, indent=2))
-    print(json.dumps(found, indent=2))
+    write(dict(device=str(device), threads=torch.get_num_threads(), side_by_side=side_by_side(args.size),
+               ways=ways(scan(args.size).to(device), args.repeats), quality=quality(device)), args.out)

@@ -7,28 +7,24 @@ that holds every sixth out. Lost is what the chosen iterate's PSNR is below the 
 also below the best of the run on all readings, which includes the price of the readings that were not fitted.
 "heldout, then all" takes the run on all readings at the iteration that the held-out ones chose.
 """
-import argparse
 import itertools
-import json
-from pathlib import Path
 from statistics import median
 
-import numpy as np
 import torch
+from common import arguments, write
 
 from dip_uq.data import ellipses, shepp_logan, simulate, walnut
 from dip_uq.dip import noise_level, reconstruct
 from dip_uq.networks import UNet
 from dip_uq.operators import blur, mask
-from dip_uq.rays import fan_beam
+from dip_uq.pretraining import fan_scanner
 
 SIZE, ITERATIONS, NOISE = 48, 400, (0.025, 0.05, 0.1)
 
 
 def instruments():
-    angles = np.linspace(0, 2 * np.pi, 20, endpoint=False)
     keep = torch.rand(SIZE, SIZE, generator=torch.Generator().manual_seed(0)) < 0.5
-    return dict(tomography=fan_beam(angles, (SIZE, SIZE), SIZE, 1.5, 3 * SIZE, 1.5 * SIZE),
+    return dict(tomography=fan_scanner(SIZE, 20),
                 deblurring=blur((SIZE, SIZE), 1.5), inpainting=mask(keep))
 
 
@@ -49,9 +45,7 @@ def losses(scan, tv):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="JSON file for the figures")
-    out = parser.parse_args().out
+    out = arguments(__doc__).out
     images = dict(walnut=walnut(SIZE), shepp_logan=shepp_logan(SIZE), ellipses=ellipses(SIZE, 1))
     cases = []
     for image, (name, A), noise in itertools.product(images, instruments().items(), NOISE):
@@ -63,7 +57,7 @@ if __name__ == "__main__":
                   ", ".join(f"{rule} {-value:+.2f}" for rule, value in lost.items()), flush=True)
     table = {weight: {rule: dict(median=median(v := [c["lost"][rule] for c in cases if c["tv"] == weight]), worst=max(v))
                       for rule in cases[0]["lost"]} for weight in ("default", "none")}
-    out.write_text(json.dumps(dict(table=table, cases=cases), indent=2))
+    write(dict(table=table, cases=cases), out)
     for weight, rules in table.items():
-        for rule, lost in rules.items(): 
+        for rule, lost in rules.items():
             print(f"TV {weight:8} {rule:22} median {lost['median']:.2f} dB, worst {lost['worst']:.2f} dB")

@@ -6,7 +6,8 @@
 A page is its notebook, with every exported cell shown as the signature, the docstring and the documented parameters
 of what it defines, and its source folded below. A `name` in backticks links to where it is defined. Links between
 notebooks and to files above nbs/ are written for the repository (`02_operators.ipynb`, `../LICENSE`) and carried over.
-The contents follow the tables of index.ipynb, in which every notebook must have its line.
+The contents are in the order of the numbers: tutorials first, then the book. The tables of index.ipynb must have a line
+for every notebook.
 """
 import argparse
 import ast
@@ -33,10 +34,7 @@ def read(path: Path):
     def plain(cell):
         if cell.cell_type == "code": cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.MULTILINE)
     nb = NBProcessor(path, procs=[hide_, hide_line, filter_stream_, rm_header_dash, strip_ansi, plain], process=True).nb
-    begun, continued = ([module for cell in nb.cells for module in cell.directives_.get(directive, [])]
-                        for directive in ("default_exp", "export"))  # `#| export data` adds to the module of another
-    nb.module_ = f"dip_uq.{[*begun, *continued][0]}" if begun or continued else ""
-    nb.begins_module_ = bool(begun)
+    nb.module_ = "".join(f"dip_uq.{module}" for cell in nb.cells for module in cell.directives_.get("default_exp", []))
     nb.cells = [cell for cell in nb.cells if cell.source.strip()]
     return nb
 
@@ -139,7 +137,7 @@ def link(text: str, names: dict) -> str:
     blocks[::2] = [re.sub(r"(?<![`\[}\w])`([^`\s]+)`(?![`\]])", role, block) for block in blocks[::2]]
     return "".join(blocks)
 
-def page(name: str) -> str: return re.sub(r"^\d+[a-z]*_", "", name)
+def page(name: str) -> str: return re.sub(r"^\d+_", "", name)
 
 def carry(text: str, notebook, above: str) -> str:
     "Point links to notebooks (`notebook`: name → target) and to files above nbs/ to where the reader finds these."
@@ -169,15 +167,15 @@ def adapt(nb, names: dict, repository: str) -> None:
             text = "\n\n".join(describe(node, cell.source, nb.module_, names) for node in public(cell))
             if text: cells.append(mk_cell(text, "markdown"))
         cells.append(cell)
-    if nb.begins_module_: cells.insert(1, mk_cell(f"```{{py:module}} {nb.module_}\n```", "markdown"))
+    if nb.module_: cells.insert(1, mk_cell(f"```{{py:module}} {nb.module_}\n```", "markdown"))
     nb.cells = cells
 
 def contents(index, names: list) -> str:
-    "The tables of contents: chapters, then tutorials (from 50 on), in the order in which the index links to them."
+    "The tables of contents, by number: tutorials (from 50 on), then the book; the index must link to all of them."
     text = "".join(cell.source for cell in index.cells if cell.cell_type == "markdown")
-    linked = dict.fromkeys(re.findall(r"\]\((\d\w*)\.ipynb\)", text))
+    linked, names = re.findall(r"\]\((\d\w*)\.ipynb\)", text), sorted(names)
     if absent := [name for name in names if name not in linked]: raise ValueError(f"index.ipynb has no link to {absent}")
-    parts = {"The book": [n for n in linked if n < "50"], "Tutorials": [n for n in linked if n >= "50"]}
+    parts = {"Tutorials": [n for n in names if n >= "50"], "The book": [n for n in names if n < "50"]}
     return "\n\n".join("\n".join([f"```{{toctree}}\n:hidden:\n:caption: {caption}\n", *map(page, part), "```"])
                        for caption, part in parts.items())
 

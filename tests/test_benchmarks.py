@@ -1,11 +1,10 @@
-"The benchmarks on error bars go on where they stopped, and their figures are those of independent formulas."
+"The benchmarks go on where they stopped, and their figures are those of independent formulas."
 import importlib
 import json
 import math
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,26 +12,28 @@ import pytest
 import torch
 from scipy.stats import multivariate_normal
 
-from dip_uq.data import walnut
-from dip_uq.evidence import maximise
 from dip_uq.networks import UNet
-from dip_uq.posterior import Posterior
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 DATA = Path(os.environ.get("DIP_UQ_DATA", "")) / "kmnist/kmnist_test_first50.npz"
 DISC = Path(os.environ.get("DIP_UQ_DATA", "")) / "htc2022/htc2022_ta_full.mat"
 
 
+def test_findings_are_kept(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(FOLDER)
+    common, path, cases = importlib.import_module("common"), tmp_path / "found.jsonl", [("a", 1), ("a", 2), ("b", 1)]
+    lines = common.Lines(path, "name", "seed")
+    assert lines.missing(cases) == cases
+    lines.add(("a", 2), dict(z=0.5), dict(z=1.5))
+    again = common.Lines(path, "name", "seed")
+    assert again == lines == [dict(name="a", seed=2, z=0.5), dict(name="a", seed=2, z=1.5)]
+    assert again.missing(cases) == [("a", 1), ("b", 1)]
+
+
 @pytest.fixture
 def kmnist(monkeypatch):
     monkeypatch.syspath_prepend(FOLDER)
     return importlib.import_module("kmnist")
-
-
-@pytest.fixture
-def calibration(monkeypatch):
-    monkeypatch.syspath_prepend(FOLDER)
-    return importlib.import_module("calibration")
 
 
 @pytest.mark.skipif(not DATA.exists(), reason="the images of KMNIST are not in DIP_UQ_DATA")
@@ -72,60 +73,6 @@ def test_a_table_holds_mean_and_standard_error(kmnist, capsys):
     lines = [dict(angles=5, noise=0.05, method="mll", z=z) for z in (1.0, 2.0, 4.5)]
     kmnist.table(lines, [(5, 0.05), (10, 0.05)], ["mll"], "z")
     assert "| 5, 5% | 2.500 ± 1.041 |\n| 10, 5% | – |" in capsys.readouterr().out
-
-
-def test_calibration_goes_on_where_it_stopped(calibration, tmp_path, monkeypatch, capsys):
-    out = tmp_path / "calibration.jsonl"
-    def run(*parts):
-        part = "--scans walnut-3 --noise 0.05 --shares 6 --size 16 --angles 6 --iterations 20 --parts".split()
-        monkeypatch.setattr(sys, "argv", ["calibration.py", "--out", str(out), *part, *parts])
-        calibration.main()
-        return out.read_text().splitlines(), capsys.readouterr().out
-    first, _ = run("choose")
-    more, tables = run("choose", "refit", "pixels")
-    assert more[:6] == first
-    found = {line["method"]: line for line in map(json.loads, more)}
-    assert [*found][6:9] == ["solve", "again", "warm"]
-    same = "z", "gain", "rays_z", "variance", "correction"
-    assert [found["in turn"][k] for k in same] == [found["solve"][k] for k in same]
-    conditional = found["conditional"]
-    assert found["in turn"]["z"] < conditional["z"]  # free pixels lengthen bars
-    assert f"| choose | 6 | 6 | 1 simulated | conditional | {conditional['z']:.2f} |" in tables
-
-
-def test_pixels_of_the_calibration_benchmark(calibration):
-    "Against `Posterior`, and with errors of single pixels against dense matrices."
-    fit = calibration.fitted(calibration.Setting("walnut-3", 0.05, 6, 6, 16, 30))
-    noise, t = fit.lin.recon.scan.noise_std, fit.model.training
-    evidence = maximise(fit.model, "conditional", noise)
-    posterior = Posterior(evidence)
-    middle, C = fit.posterior(evidence)
-    std = posterior.std().flatten()
-    assert ((middle - posterior.mean).flatten().abs() / std).max() < 0.01  # of a bar: rounding of float32 rows
-    assert (C.diagonal().sqrt() / std - 1).abs().max() < 0.01
-
-    wider = maximise(calibration.with_block(fit.model, "pixels", fit.A @ fit.A.T), "conditional", noise)
-    J, prior = fit.lin.vjp(torch.eye(256).view(-1, 16, 16)), wider.prior
-    network = replace(evidence.prior, variance=dict(all=prior.variance["all"]), length=dict(all=prior.length["all"]))
-    K = (J @ network.apply(fit.lin, J).T).double() + prior.variance["pixels"] * torch.eye(256)
-    gain = torch.linalg.solve(fit.A @ K @ fit.A.T + noise**2 * torch.eye(len(fit.A)), fit.A @ K).T
-    r = torch.cat([torch.zeros(t).double(), fit.model.residual[t:]])
-    middle, C = fit.posterior(wider)
-    std = C.diagonal().sqrt()
-    assert (((middle - fit.lin.recon.image).flatten() - gain @ r).abs() / std).max() < 0.01
-    assert ((K - gain @ fit.A @ K).diagonal().sqrt() / std - 1).abs().max() < 0.01
-
-
-def test_evidence_ray_by_ray(calibration):
-    "Each held-out ray by its own conditional density given the fitted ones."
-    fit = calibration.fitted(calibration.Setting("walnut-3", 0.05, 6, 6, 16, 30))
-    t, r = fit.model.training, fit.model.residual.numpy()
-    K = fit.model.covariance(fit.model.weights(torch.tensor([0.01]), torch.tensor([1.0])).double(), 0.3)
-    found = float(calibration.by_ray(fit.model)(K, None, None, None))
-    def log_p(rays):
-        return multivariate_normal.logpdf(np.where(rays < t, 0, r[rays]), cov=K.numpy()[np.ix_(rays, rays)])
-    fitted = np.arange(t)
-    assert found == pytest.approx(sum(log_p(fitted) - log_p(np.append(fitted, i)) for i in range(t, len(r))), rel=1e-6)
 
 
 @pytest.mark.skipif(not DISC.exists(), reason="the discs of HTC 2022 are not in DIP_UQ_DATA")

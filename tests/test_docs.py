@@ -1,10 +1,12 @@
 """The documentation: it builds, nothing it links to is missing, and a browser shows it without a network."""
+import importlib.util
 import os
 import re
 import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import unquote, urlparse
 
 import pytest
@@ -39,7 +41,7 @@ class Page(HTMLParser):
 def test_pages_are_whole(site):
     "Every notebook has a page, every link has its target, and nothing is loaded from elsewhere."
     pages = {path.name: Page(path) for path in site.glob("*.html")}
-    assert pages.keys() >= {re.sub(r"^\d+[a-z]*_", "", path.stem) + ".html" for path in ROOT.glob("nbs/[!_.]*.ipynb")}
+    assert pages.keys() >= {re.sub(r"^\d+_", "", path.stem) + ".html" for path in ROOT.glob("nbs/[!_.]*.ipynb")}
     assert not [(name, url) for name, page in pages.items() for url in page.loads if urlparse(url).netloc]
     broken = []
     for name, page in pages.items():
@@ -50,6 +52,28 @@ def test_pages_are_whole(site):
             if target in pages: there = unquote(url.fragment) in pages[target].anchors
             if not there: broken.append((name, url.geturl()))
     assert not broken
+
+
+def test_sidebar_is_in_the_order_of_the_book(site):
+    names = sorted(path.stem for path in ROOT.glob("nbs/[0-9]*.ipynb"))
+    book, tutorials = ([name for name in names if (name >= "50") == late] for late in (False, True))
+    entry = r'caption-text">(.*?)<|toctree-l1[^"]*"><a class="reference internal" href="(\w+)\.html"'
+    shown = [caption or page for caption, page in re.findall(entry, (site / "index.html").read_text("utf-8"))]
+    pages = (re.sub(r"^\d+_", "", name) for name in ("Tutorials", *tutorials, "The book", *book))
+    assert shown == list(pages)
+
+
+def test_order_of_links_is_irrelevant():
+    spec = importlib.util.spec_from_file_location("documentation", ROOT / "docs/build.py")
+    spec.loader.exec_module(build := importlib.util.module_from_spec(spec))
+    names = ["50_story", "02_c", "00_a", "51_tale", "10_b"]
+    def contents(*linked):
+        text = " ".join(f"[it]({name}.ipynb)" for name in linked)
+        return build.contents(SimpleNamespace(cells=[SimpleNamespace(cell_type="markdown", source=text)]), names)
+    found = contents("51_tale", "10_b", "00_a", "02_c", "50_story", "00_a")
+    assert re.findall("^(?:[a-z]|:caption:).*", found, re.MULTILINE) == [
+        ":caption: Tutorials", "story", "tale", ":caption: The book", "a", "c", "b"]
+    with pytest.raises(ValueError, match=r"no link to \['02_c', '51_tale'\]"): contents("00_a", "10_b", "50_story")
 
 
 def test_names_lead_to_their_definitions(site):
@@ -78,5 +102,5 @@ def test_in_the_browser(site):
             assert page.execute_script("return document.documentElement.scrollWidth") <= width
         page.get(f"{address}/search.html?q=load_scan")
         results = wait(lambda: find(page, "#search-results li a"), "nothing found")
-        assert results[0].get_attribute("href").split("?")[0].split("#")[0].endswith("/datasets.html")
+        assert results[0].get_attribute("href").split("?")[0].split("#")[0].endswith("/scans.html")
         assert not browser.errors(page)

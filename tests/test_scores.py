@@ -1,8 +1,6 @@
-"Conformal factors for numbers of any size, and the movements of the equivariant bootstrap."
-import importlib
+"Conformal factors for numbers of any size."
 import math
 from fractions import Fraction
-from pathlib import Path
 
 import pytest
 import torch
@@ -47,14 +45,3 @@ def test_conformal_interval_does_not_depend_on_the_length_of_the_bars(error, pow
 def test_order_is_irrelevant(error, images, pixels):
     std = torch.ones(4, 7, dtype=torch.float64)
     assert factor(error, std, 0.7) == factor(error[images][:, pixels], std, 0.7)
-
-
-@pytest.mark.parametrize("turns", range(4))
-@pytest.mark.parametrize("flip", (False, True))
-def test_movements_have_inverses(monkeypatch, turns, flip):
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
-    bench = importlib.import_module("second_opinion")
-    image = torch.arange(30.0).view(5, 6)
-    how = turns, flip, [2, -1]
-    assert torch.equal(bench.move_back(bench.move(image, *how), *how), image)
-    assert torch.equal(bench.move(image, *how).flatten().sort()[0], image.flatten())
