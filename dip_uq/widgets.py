@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from .calibration import coverage, held_out_errors, z_std
 from .data import Scan, _whole
 from .dip import Reconstruction, Run, descend, first_guess, psnr
-from .evidence import Model, conditional_objective, log_parameters, value_and_gradient, white_nll
+from .covariance import Model
+from .evidence import conditional_objective, log_parameters, value_and_gradient
 from .linearization import Linearization, block_distances
 from .networks import fresh, seeded
 from .pipeline import Solution, draw_error_against_std, small_text
@@ -204,7 +205,6 @@ class Landscape:
     rays: Tensor # eigenvalues for all rays (L, n), float64
     energy: Tensor # squares of (0, r_h) along their eigenvectors (L, n)
     fitted: Tensor # eigenvalues for the fitted rays (L, t)
-    beyond: Tensor # variance of the held-out rays in each direction that a basis leaves out (L, 1)
 
     @classmethod
     def build(cls, model: Model, lengths: np.ndarray) -> "Landscape":
@@ -213,11 +213,9 @@ class Landscape:
         t, r, found = model.training, model.residual.clone(), []
         r[:t] = 0
         for length in lengths:
-            weights = model.weights(r.new_ones(1).cpu(), r.new_full((1,), length).cpu())
-            G = model.covariance(weights, 0.0)
+            G = model.covariance(*torch.tensor([[1.0], [length]], dtype=torch.float64), 0.0).matrix
             eigenvalues, V = torch.linalg.eigh(G)
-            found.append((eigenvalues.clamp(min=0), (V.T @ r).square(), torch.linalg.eigvalsh(G[:t, :t]).clamp(min=0),
-                          model.spread(1, weights, r.new_zeros(1))))
+            found.append((eigenvalues.clamp(min=0), (V.T @ r).square(), torch.linalg.eigvalsh(G[:t, :t]).clamp(min=0)))
         return cls(model, np.asarray(lengths), *(torch.stack(part).cpu() for part in zip(*found)))
 
     def value(self, variance: np.ndarray, noise_std: float) -> np.ndarray: # σ² (V,) → (L, V)
@@ -226,7 +224,7 @@ class Landscape:
         all, given = spread(self.rays), spread(self.fitted)
         count = all.shape[-1] - given.shape[-1]
         nll = (self.energy[:, None] / all + all.log()).sum(-1) - given.log().sum(-1) + count * math.log(2 * math.pi)
-        return (-0.5 * nll - white_nll(*self.model.outside[1], spread(self.beyond)[..., 0])).numpy()
+        return (-0.5 * nll).numpy()
 
 def optimiser_path(model: Model, noise_std: float) -> np.ndarray: # (steps, 2): σ² and ℓ
     "Where L-BFGS-B passes through on its way in `fit_evidence`, start and end included."
@@ -271,11 +269,9 @@ def covariance_with_region(posterior: Posterior,
                            region: Tensor, # e (H, W), weights of the pixels
                           ) -> Tensor: # (H, W)
     "Σ_{x|y} e: the posterior covariance of every pixel with Σᵢ eᵢ xᵢ."
-    lin, rows, evidence = posterior.lin, posterior.model.rows, posterior.evidence
-    pulled = lin.vjp(region.to(rows)[None])
-    seen = (rows @ evidence.prior.apply(lin, pulled).T).double()
-    explained = torch.cholesky_solve(seen, evidence.factor).T.to(rows) @ rows
-    return posterior.scale**2 * lin.jvp(evidence.prior.apply(lin, pulled - explained))[0]
+    lin, K = posterior.lin, posterior.evidence.covariance
+    moved = K.prior.apply(lin, lin.vjp(region.to(lin.recon.image)[None]))
+    return posterior.scale**2 * lin.jvp(moved - K.weights_given(posterior.model.to_rays(moved)))[0]
 
 # %% ../nbs/25_widgets.ipynb #e2cfceb3
 def draw_posterior(solution: Solution,

@@ -1,5 +1,4 @@
 "The TV prior over wide ranges of its inputs, and the evidence where matrices are nearly singular."
-import logging
 import math
 from dataclasses import replace
 
@@ -12,10 +11,11 @@ from hypothesis.extra.numpy import arrays
 from scipy.integrate import quad
 from scipy.stats import norm
 
+from dip_uq.covariance import Covariance, Model, require_dense
 from dip_uq.data import simulate, walnut
 from dip_uq.dip import reconstruct
-from dip_uq.evidence import (METHODS, OBJECTIVES, Model, conditional_nll, fit_evidence, fitted_noise, joint_nll,
-                             log_parameters, maximise, value_and_gradient)
+from dip_uq.evidence import (OBJECTIVES, conditional_nll, fit_evidence, fitted_noise, joint_nll, log_parameters, maximise,
+                             value_and_gradient)
 from dip_uq.linearization import FREE, Linearization
 from dip_uq.networks import UNet
 from dip_uq.posterior import Posterior
@@ -55,16 +55,33 @@ def test_kappa_and_its_slope(mean, q, log_variance, log_length):
     assert torch.allclose(slope, by_autograd, rtol=1e-6, atol=1e-12 * float(s.max()))
 
 
+class Toy:
+    "Six rays, two blocks with three Grams in all, the second of which is no covariance by itself."
+    training, blocks = 3, {"a": ["a"], "b": ["b"]}
+
+    def __init__(self, seed):
+        draw = torch.Generator().manual_seed(seed)
+        A, B, C, self.residual = (torch.randn(*shape, generator=draw, dtype=torch.float64)
+                                  for shape in ((6, 9), (6, 6), (6, 9), (6,)))
+        self.grams = {"a": (torch.arange(2.0).double(), torch.stack([A @ A.T, 0.1 * (B + B.T)])),
+                      "b": (torch.zeros(1).double(), (C @ C.T)[None])}
+
+    weights = Model.weights
+
+    def covariance(self, *hyperparameters): return Covariance(self, *hyperparameters)
+
+
 @pytest.mark.parametrize("t", [0, 3])
 def test_derivatives_of_the_densities(t):
-    generator = torch.Generator().manual_seed(t)
-    B, r = (torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in ((6, 8), (6,)))
-    def nll(B, r):
-        K = B @ B.T + torch.eye(6)
-        return joint_nll(K, r) if t == 0 else conditional_nll(K, r, t)
-    assert torch.autograd.gradcheck(nll, (B, r))
-    with pytest.raises(RuntimeError, match="finite differences of its slope"):
-        torch.autograd.grad(nll(B, r), B, create_graph=True)
+    "In variances, lengths and noise, against finite differences; a second derivative is refused."
+    toy = Toy(t)
+    def nll(variance, length, noise):
+        K = toy.covariance(variance, length, noise)
+        return joint_nll(K, toy.residual) if t == 0 else conditional_nll(K, toy.residual, t)
+    h = [torch.tensor(v, dtype=torch.float64).requires_grad_() for v in ([1.2, 0.3], [0.4, 2.0], 0.8)]
+    assert torch.autograd.gradcheck(nll, h)
+    with pytest.raises(RuntimeError, match="finite differences of its slopes"):
+        torch.autograd.grad(nll(*h), h[0], create_graph=True)
 
 
 @pytest.fixture(scope="module")
@@ -131,34 +148,32 @@ def test_rays_that_miss_nothing_leave_a_little_to_free_pixels(lin):
     assert 0.4 < log_evidence(log_tau - 6) - found.value < 0.6
 
 
-@pytest.mark.parametrize("method", METHODS[:3])
-def test_projections_that_are_measured_twice(lin, method):
-    """K_yy of duplicated rays is singular without noise; the evidence must be that of dense matrices all the same.
-
-    The iterative method estimates what its basis leaves out, `neglected` at most, by probes.
-    """
+def test_projections_that_are_measured_twice(lin):
+    "K_yy of duplicated rays is singular without noise; the evidence must be that of dense matrices all the same."
     scan, twice = lin.recon.scan, list(range(8)) * 2
     held = [i for i, j in enumerate(twice) if j in scan.held_out]
     double = replace(scan, operator=scan.operator[twice], measurement=scan.measurement[twice], held_out=held)
     again = Linearization(replace(lin.recon, scan=double))
-    found = fit_evidence(again, "joint", progress=False, method=method, tolerance=1e-2 if method == "iterative" else 1e-5)
-    exact = Model.build(again)
-    K = exact.covariance(exact.weights(*(torch.tensor(list(h.values()), dtype=torch.float64)
-                                         for h in (found.prior.variance, found.prior.length))), scan.noise_std**2)
-    shift = torch.cat([m.weight.detach().flatten() for m in again.convs.values()])
-    r = (exact.residual + (exact.rows @ shift).double())[:exact.training]
-    expected = float(torch.distributions.MultivariateNormal(torch.zeros_like(r), K[:len(r), :len(r)]).log_prob(r))
-    assert abs(found.value - expected) < 1e-3 * abs(expected) + (found.neglected if method == "iterative" else 0)
+    found = fit_evidence(again, "joint", progress=False)
+    weights = torch.cat([m.weight.detach().flatten() for m in again.convs.values()])
+    r = (found.model.residual + (found.model.rows @ weights).double())[:found.model.training]
+    rows = found.model.rows[:len(r)]
+    K = (found.prior.apply(again, rows) @ rows.T).double() + scan.noise_std**2 * torch.eye(len(r))
+    K = (K + K.T) / 2  # rows are float32
+    expected = float(torch.distributions.MultivariateNormal(torch.zeros_like(r), K).log_prob(r))
+    assert abs(found.value - expected) < 1e-3 * abs(expected)
     assert torch.isfinite(Posterior(found).std()).all()
 
 
-def test_the_method_is_chosen_by_the_memory_and_logged(lin, monkeypatch, caplog):
-    "Much memory: exact. Less than the Grams need: low rank. Not even a basis to the tolerance: iterative."
-    import dip_uq.evidence as evidence
-    def with_memory(count):
-        monkeypatch.setattr(evidence.psutil, "virtual_memory", lambda: type("Memory", (), dict(available=count)))
-        with caplog.at_level(logging.INFO, "dip_uq.evidence"): return fit_evidence(lin, "joint", progress=False)
-    exact_needs, column = evidence.exact_bytes(lin, True), 16 * lin.parameters
-    assert with_memory(10 * exact_needs).method == "exact" and "method exact" in caplog.text
-    found = with_memory(120 * column)  # room for a basis of 60
-    assert found.method == "iterative" and "method iterative" in caplog.text and len(found.model.residual) <= 2 * 60
+def test_what_does_not_fit_is_refused_before_rows_are_computed(lin, monkeypatch):
+    "The prediction counts rows, Grams and what comes and goes: 8 Grams are those of the network, its free pixels, and a K."
+    import dip_uq.operators as operators
+    n, weights, widest = lin.recon.scan.measurement.numel(), lin.weights, max(lin.sizes)
+    needed = 4 * n * weights + 8 * n * (7 * n + max(widest, 3 * n))
+    def with_memory(count): monkeypatch.setattr(operators.psutil, "virtual_memory",
+                                                lambda: type("Memory", (), dict(available=count)))
+    monkeypatch.setattr(Linearization, "rows", lambda *args, **options: pytest.fail("rows of AJ"))
+    with_memory(needed - 1)
+    with pytest.raises(ValueError, match=f"the covariance of {n} rays and {weights} weights needs about"): Model.build(lin)
+    with_memory(needed)
+    require_dense(lin.convs, n)

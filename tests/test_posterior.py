@@ -1,10 +1,16 @@
 "Evidence, posterior and held-out check against dense matrices in float64, for every objective and kind of prior."
 import copy
+import pickle
+import sys
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
+from unittest.mock import MagicMock, patch
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.distributions import MultivariateNormal
 
 from dip_uq.calibration import check_held_out
@@ -13,7 +19,8 @@ from dip_uq.dip import reconstruct
 from dip_uq.evidence import fit_evidence, maximise
 from dip_uq.linearization import FREE, Linearization
 from dip_uq.networks import UNet
-from dip_uq.operators import as_operator, mask
+from dip_uq.operators import as_operator, blur, mask
+from dip_uq.pipeline import solve
 from dip_uq.posterior import Posterior
 from dip_uq.rays import fan_beam
 
@@ -96,8 +103,7 @@ def close(a, b, relative=1e-5):  # rays are float32 in the operator, all else is
 
 def test_ray_covariance(case):
     posterior, dense, _ = case
-    L = posterior.evidence.factor
-    close(L @ L.T, dense.K_yy)
+    close(posterior.evidence.covariance.matrix, dense.K_yy)
 
 
 def test_log_evidence(case):
@@ -138,7 +144,7 @@ def test_samples(case):
 
 def simulated(posterior, seed):
     "The evidence with residuals drawn from its own model: r_t = 0, and r_h given that."
-    model, L = posterior.evidence.model, posterior.evidence.factor
+    model, L = posterior.evidence.model, posterior.evidence.covariance.factor
     white = torch.randn(len(L), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     white[:model.training] = 0
     return replace(posterior.evidence, model=replace(model, residual=L @ white))
@@ -147,7 +153,7 @@ def simulated(posterior, seed):
 def test_scale_of_the_models_own_residuals(case):
     posterior = case[0]
     checks = [check_held_out(simulated(posterior, seed)) for seed in range(200)]
-    L, noise = posterior.evidence.factor, posterior.evidence.noise_std**2
+    L, noise = posterior.evidence.covariance.factor, posterior.evidence.noise_std**2
     L = L[posterior.model.training:, posterior.model.training:]
     P = L @ L.T - noise * torch.eye(len(L), dtype=torch.float64)
     error = 2**0.5 * float((L @ L.T).norm()) / float(P.trace())  # standard error of s² from one draw
@@ -212,3 +218,125 @@ def test_free_pixels_against_dense_matrices(recon):
     assert torch.allclose(C, S - gain @ M @ S, atol=1e-6)
     assert torch.allclose(middle.flatten(), recon.image.flatten() + gain @ r, atol=1e-6)
     assert torch.allclose(posterior.std().flatten(), C.diagonal().sqrt(), atol=1e-6)
+
+
+def test_a_map_of_free_pixels_against_dense_matrices(recon):
+    "Pixels that may move unequally far, and some not at all: diag(w²) in place of the identity."
+    w = torch.rand(16, 16, generator=torch.Generator().manual_seed(0)).double()
+    w[:4] = 0
+    evidence, plain = fit_evidence(Linearization(recon, free_pixels=w), progress=False), Linearization(recon)
+    evidence = replace(evidence, prior=replace(evidence.prior, variance=evidence.prior.variance | {FREE: 0.01}))
+    J = plain.vjp(torch.eye(256).double().view(-1, 16, 16))
+    K = torch.block_diag(*(torch.kron(torch.eye(c.weight[..., 0, 0].numel()).double(), evidence.prior.kernel(plain, name))
+                           for name, c in plain.convs.items()))
+    S = J @ K @ J.T + 0.01 * recon.scale**2 * torch.diag(w.flatten()**2)
+    M = torch.from_numpy(evidence.model.operator.matrix.toarray()).double()
+    K_yy = M @ S @ M.T + evidence.noise_std**2 * torch.eye(len(M))
+    close(evidence.covariance.matrix, K_yy)
+    close(Posterior(evidence).std().flatten(), (S - S @ M.T @ torch.linalg.solve(K_yy, M @ S)).diagonal().sqrt())
+
+
+class Chain(nn.Module):
+    "A network whose forward pass goes through whatever children it has."
+    def __init__(self):
+        super().__init__()
+        self.first, self.act, self.last = nn.Conv2d(1, 4, 3, padding=1), nn.LeakyReLU(), nn.Conv2d(4, 1, 3, padding=1)
+
+    def forward(self, z):
+        for layer in self.children(): z = layer(z)
+        return z
+
+
+NETWORKS = {"sequential": lambda: nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.LeakyReLU(),
+                                                nn.Conv2d(4, 1, 3, padding=1), nn.Sigmoid()), "children": Chain}
+
+
+@pytest.mark.parametrize("make", NETWORKS.values(), ids=NETWORKS)
+def test_any_network_of_convolutions(recon, make):
+    solution = solve(recon.scan, make(), iterations=30, progress=False)
+    assert (solution.std > 0).all() and solution.summary()["prior"].keys() == {"all", FREE}
+
+
+class Slope(nn.Module):
+    "Its forward pass multiplies by a weight of its own."
+    def __init__(self):
+        super().__init__()
+        self.conv, self.slope = nn.Conv2d(1, 1, 3, padding=1), nn.Parameter(torch.ones(1))
+
+    def forward(self, z): return self.slope * self.conv(z)
+
+
+def tied():
+    net = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1), nn.Tanh(), nn.Conv2d(1, 1, 3, padding=1))
+    net[2].weight = net[0].weight
+    return net
+
+
+class Unused(Chain):
+    "A convolution that only some inputs would meet."
+    def __init__(self):
+        super().__init__()
+        self.spare = nn.Conv2d(1, 1, 1)
+
+    def forward(self, z): return self.last(self.act(self.first(z)))
+
+
+REFUSED = {"'slope' is neither": Slope, "'1.weight' is neither": lambda: nn.Sequential(nn.Conv2d(1, 1, 1), nn.PReLU()),
+           "are one tensor": tied, "it is compiled": lambda: torch.compile(Chain()),
+           "is used 0 times": Unused}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_networks_are_refused_before_the_fit(recon, message, monkeypatch):
+    monkeypatch.setattr("dip_uq.pipeline.reconstruct", lambda *args, **options: pytest.fail("the fit has begun"))
+    with pytest.raises(ValueError, match=message): solve(recon.scan, REFUSED[message](), progress=False)
+
+
+def summary_of(solution): return solution.summary()["heldout_zstd"], solution.image, solution.posterior.sample(2)
+
+
+@pytest.mark.parametrize("operator", ["rays", "blur"])
+def test_results_travel_to_another_process(recon, operator):
+    scan = recon.scan
+    if operator == "blur":  # an operator that is no matrix
+        A, truth = blur((12, 12), 1.0), torch.rand(12, 12, generator=torch.Generator().manual_seed(0))
+        scan = Scan(A(truth), A, truth, 0.01).hold_out(2)
+    solution = solve(scan, UNet(2, 4), iterations=30, progress=False)
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool: found = pool.submit(summary_of, solution).result()
+    for there, here in zip(found, summary_of(solution)): assert torch.equal(torch.as_tensor(there), torch.as_tensor(here))
+    assert torch.equal(pickle.loads(pickle.dumps(solution.scan)).measurement, scan.measurement)
+
+
+def test_std_against_laplace_torch():
+    """The full generalised Gauss–Newton posterior of the same weights, by another library, with filters of independent taps.
+
+    The network is not linear in its weights, so this compares two linearisations; what is left is rounding of float32.
+    """
+    stubs = {f"torchvision{part}": MagicMock() for part in ("", ".models", ".transforms")}
+    with patch.dict(sys.modules, stubs): # laplace-torch requires torchvision but needs none of it here, and its binaries
+        laplace = pytest.importorskip("laplace") # fit one build of torch only
+    truth = torch.zeros(16, 16)
+    truth[4:12, 5:11] = 1
+    scan = simulate(truth, fan(np.linspace(0, 2 * np.pi, ANGLES, endpoint=False)), noise=0.05).hold_out(2)
+    recon = reconstruct(scan, UNet(2, 4, 4), iterations=200, stop="heldout", progress=False)
+    lin = Linearization(recon)
+    assert lin.parameters == 776
+    evidence = fit_evidence(lin, progress=False)
+    variance, length = 0.02, 1e-3
+    evidence = replace(evidence, prior=replace(evidence.prior, variance={"all": variance}, length={"all": length}))
+
+    net = copy.deepcopy(recon.net)
+    for p in net.parameters(): p.requires_grad_(p.ndim == 4)  # filters alone, as we do
+    class Rays(nn.Module):
+        def __init__(self, measure):
+            super().__init__()
+            self.net, self.measure = net, measure
+        def forward(self, z): return self.measure(recon.scale * self.net(z)[:, 0])
+    la = laplace.Laplace(Rays(lambda x: evidence.model.operator(x).flatten(1)), "regression", subset_of_weights="all",
+                         hessian_structure="full", sigma_noise=evidence.noise_std, prior_precision=1 / variance)
+    y = scan.measurement.flatten()[None]
+    la.fit(torch.utils.data.DataLoader(torch.utils.data.TensorDataset(recon.z, y)))
+    J = lin.vjp(torch.eye(256).view(-1, 16, 16)) # the order of weights is that of the network's parameters
+    expected = (J @ la.posterior_covariance @ J.T).diagonal().sqrt()
+    off = float((Posterior(evidence).std().flatten() / expected - 1).abs().max())
+    assert off < 1e-3
