@@ -10,15 +10,12 @@ __all__ = ['STARTS', 'STOPS', 'STATE_SECONDS', 'FIGURE_SECONDS', 'SHARE', 'total
            'reconstruct']
 
 # %% ../nbs/07_dip.ipynb #3b50f94f
-import copy
-import hashlib
-import math
+import copy, hashlib, math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -113,8 +110,7 @@ class Run:
             self.lowest, self.chosen = score, self.iteration
             self.weights = {k: v.clone() for k, v in self.net.state_dict().items()}
 
-def descend(run: Run, z: Tensor, scale: float, scan: Scan, tv: float, jitter: float = 0.0
-           ) -> Iterator[dict[str, float]]:
+def descend(run: Run, z: Tensor, scale: float, scan: Scan, tv: float, jitter: float = 0) -> Iterator[dict[str, float]]:
     "Adam steps on data error + `tv` · |x|_TV; the losses of each iterate are yielded before it is left behind."
     y, fitted = scan.measurement / scale, torch.ones(len(scan.measurement), dtype=torch.bool, device=z.device)
     fitted[list(scan.held_out)] = False
@@ -130,8 +126,7 @@ def descend(run: Run, z: Tensor, scale: float, scan: Scan, tv: float, jitter: fl
             raise ValueError(f"learning_rate: {run.optimizer.defaults['lr']} made the loss {loss.item()} in iteration "
                              f"{i}; lower it{sign}")
         run.image = scale * x.detach()
-        yield dict(loss=loss.item(), data=data.item(), tv=variation.item(),
-                   held_out=error[~fitted].mean().item() if scan.held_out else math.nan,
+        yield dict(loss=loss.item(), data=data.item(), tv=variation.item(), held_out=error[~fitted].mean().item(),
                    psnr=math.nan if scan.truth is None else psnr(run.image, scan.truth))
         run.step(loss)
 
@@ -189,9 +184,8 @@ class Reconstruction:
         tensors = {"image": self.image, "z": self.z, "measurement": self.scan.measurement}
         tensors |= {f"net.{k}": v for k, v in self.net.state_dict().items()}
         tensors |= {f"history.{k}": torch.from_numpy(v) for k, v in self.history.items()}
-        about = dict(scale=self.scale, settings=self.settings, held_out=list(self.scan.held_out),
-                     network=[type(self.net).__name__, getattr(self.net, "settings", None)])
-        return tensors, about
+        return tensors, dict(scale=self.scale, settings=self.settings, held_out=list(self.scan.held_out),
+                             network=[type(self.net).__name__, getattr(self.net, "settings", None)])
 
     def save(self, path: str | Path) -> None:
         "Write everything but the scan to one safetensors file, atomically."
@@ -249,8 +243,7 @@ def run_tensors(run: Run) -> dict[str, Tensor]:
     "The tensors of a run before its present iterate is recorded."
     past, recent = run.history[:run.iteration], list(run.recent)[:-1]
     tensors = {f"net.{k}": v for k, v in run.net.state_dict().items()}
-    tensors |= {f"chosen.{k}": v for k, v in run.weights.items()}
-    tensors |= optimizer_tensors(run.optimizer)
+    tensors |= {f"chosen.{k}": v for k, v in run.weights.items()} | optimizer_tensors(run.optimizer)
     tensors |= {f"history.{k}": torch.tensor([h[k] for h in past], dtype=torch.float64) for k in run.history[0]}
     return tensors | ({"recent": torch.stack(recent)} if recent else {})
 
@@ -269,7 +262,7 @@ def restore_run(run: Run, tensors: dict[str, Tensor], about: dict) -> None:
 STATE_SECONDS, FIGURE_SECONDS = 30.0, 1.0 # between two states on disk, between two drawings
 SHARE = 0.02 # of all time that each of them may take
 
-def every(seconds: float, act: Callable[[Any], None]) -> Callable[[Any], None]:
+def every(seconds: float, act: Callable[..., None]) -> Callable[..., None]:
     "`act`, but only where it is due: `seconds` after the last time, and within its `SHARE` of all time."
     start = last = perf_counter()
     spent = cost = 0.0
@@ -295,7 +288,6 @@ def keep_state(run: Run, path: str | Path, scan: Scan, z: Tensor, settings: dict
         if not torch.equal(tensors["z"], z.cpu()) or not torch.equal(tensors["measurement"], scan.measurement.cpu()):
             raise ValueError(f"resume: {str(path)!r} holds the state of a run on another scan; name another file")
         restore_run(run, {k: v.to(z.device) for k, v in tensors.items()}, about)
-
     def save(run):
         save_tensors(path, run_tensors(run) | dict(z=z, measurement=scan.measurement), mine | dict(
             groups=run.optimizer.state_dict()["param_groups"], schedule=run.schedule.state_dict(),
@@ -327,10 +319,9 @@ def follow(scan: Scan) -> Callable[[Run], None]:
 # %% ../nbs/07_dip.ipynb #bdc75631
 def noise_level(scan: Scan) -> float:
     "The data error of the true image: σ² / mean y², or 1 / mean y for counts; 10⁻⁴ (σ is 1 % of y) where unknown."
-    if scan.poisson: noise, power = 1.0, float(scan.measurement.mean())
-    else: noise, power = scan.noise_std, float(scan.measurement.square().mean())
+    noise, y = (1.0, scan.measurement) if scan.poisson else (scan.noise_std, scan.measurement.square())
     if noise is None: return 1e-4
-    return noise**2 / power if power > 0 else 0.0
+    return noise**2 / float(y.mean()) if y.any() else 0.0
 
 def tv_for_noise(scan: Scan) -> float:
     "γ = 2α `noise_level` / d_y with α = 2."
@@ -343,8 +334,7 @@ def digest(net: nn.Module) -> str:
     for name, v in net.state_dict().items(): sha.update(name.encode() + v.detach().cpu().numpy().tobytes())
     return sha.hexdigest()[:16]
 
-def check_arguments(scan: Scan, net: nn.Module | None, stop: str, progress: bool | str, educated: bool
-                   ) -> None:
+def check_arguments(scan: Scan, net: nn.Module | None, stop: str, progress: bool | str, educated: bool) -> None:
     "Raise TypeError or ValueError for arguments of `reconstruct` that cannot work."
     if not isinstance(scan, Scan): raise TypeError(f"scan is a {type(scan).__name__}; make a dip_uq.data.Scan of it")
     if net is not None and not isinstance(net, nn.Module):
@@ -393,8 +383,7 @@ def reconstruct(scan: Scan, # what was measured; its truth, if any, is only scor
         if net is None: net = UNet(dims=len(scan.operator.domain_shape))
         net = copy.deepcopy(net) if educated else fresh(net, seed)
         z, scale = first_guess(scan, start, seed, getattr(net, "settings", {}).get("inputs", 1))
-        net = net.to(z)
-        run, watch = Run(net, learning_rate, iterations, seed), []
+        run, watch = Run(net.to(z), learning_rate, iterations, seed), []
         if resume is not None: watch.append(keep_state(run, resume, scan, z, settings))
         if progress == "live": watch.append(follow(scan))
         bar = tqdm(descend(run, z, scale, scan, tv, jitter), "DIP", iterations, initial=run.iteration,

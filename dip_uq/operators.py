@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math, numbers, warnings
 from collections.abc import Callable
-from functools import reduce
+from functools import partial, reduce
 
 import numpy as np
 import psutil
@@ -19,16 +19,12 @@ __all__ = ['LinearOperator', 'adjoint_error', 'MatrixOperator', 'require_memory'
            'as_operator', 'cgls']
 
 # %% ../nbs/02_operators.ipynb #c2aafd5b
-def _check_shape(
-    name: str,  # what the caller calls it
-    shape: tuple | int  # whole numbers, at least 1
-) -> tuple:  # of ints
-    "`shape` as a tuple; raises ValueError unless every entry is a positive whole number."
+def _check_shape(name: str, shape: tuple | int) -> tuple:
+    "`shape` as a tuple of ints; raises ValueError, which calls it `name`, unless all are positive whole numbers."
     sizes = tuple(shape) if isinstance(shape, (tuple, list, torch.Size, np.ndarray)) else (shape,)
     if not all(isinstance(n, (int, np.integer)) and n > 0 for n in sizes):
         raise ValueError(f"{name}={shape!r}: expected positive whole numbers")
     return tuple(map(int, sizes))
-
 
 def _check_positive(**sizes: float) -> None:
     "Raises ValueError unless every named size is a positive finite number."
@@ -36,13 +32,8 @@ def _check_positive(**sizes: float) -> None:
         if not (isinstance(size, numbers.Real) and 0 < size < math.inf):
             raise ValueError(f"{name}={size!r}: give a positive number")
 
-
-def _check_tensor(
-    name: str,  # what the caller calls it
-    x: torch.Tensor,  # (..., *shape), real floating point
-    shape: tuple  # what its last dimensions should be
-) -> None:
-    "Raises TypeError for the wrong kind of object or dtype, ValueError for the wrong shape."
+def _check_tensor(name: str, x: torch.Tensor, shape: tuple) -> None:
+    "Raises TypeError unless `x` is a real floating-point tensor, ValueError unless its last dimensions are `shape`."
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name} is a {type(x).__name__}, expected a torch tensor: use torch.as_tensor({name})")
     if not x.is_floating_point():
@@ -54,26 +45,20 @@ def _check_tensor(
 # %% ../nbs/02_operators.ipynb #79970f69
 class _Apply(torch.autograd.Function):
     "A(x) with its derivatives: A itself forwards, the adjoint backwards, one batched call under `vmap`."
-
     @staticmethod
     def forward(x, A): return A._apply(x)
-
     @staticmethod
     def setup_context(ctx, inputs, output): ctx.A = inputs[1]
-
     @staticmethod
     def backward(ctx, gradient): return ctx.A.T(gradient), None
-
     @staticmethod
     def jvp(ctx, tangent, _): return ctx.A(tangent)
-
     @staticmethod
     def vmap(info, in_dims, x, A): return _Apply.apply(x.movedim(in_dims[0], 0), A), 0
 
 # %% ../nbs/02_operators.ipynb #b87205b2
 class LinearOperator:
     "A linear map from images to measurements with its adjoint `A.T`, rows `A[index]`, batches and derivatives."
-
     def __init__(self,
                  domain_shape: tuple,  # shape of one image, (H, W) or (D, H, W)
                  range_shape: tuple,  # shape of one measurement
@@ -84,10 +69,8 @@ class LinearOperator:
         self._forward, self._adjoint = forward, adjoint
         self._T: LinearOperator | None = None
 
-    def __call__(self,
-                 x: torch.Tensor  # (..., *domain_shape), real floating point
-                ) -> torch.Tensor:  # (..., *range_shape), same dtype and device
-        "A x; raises TypeError or ValueError where `x` does not fit."
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:  # (..., *domain_shape) -> (..., *range_shape)
+        "A x, of the dtype and on the device of `x`; raises TypeError or ValueError where `x` does not fit."
         _check_tensor("x", x, self.domain_shape)
         return _Apply.apply(x, self)
 
@@ -103,6 +86,7 @@ class LinearOperator:
         "Some rows: `A[index](x)` is `A(x)[index]` for one image x, whatever NumPy or torch index it is."
         return self._select(_positions(index, self.range_shape))
 
+    def __getstate__(self): return self.__dict__ | {"_T": None}  # copies, in other processes too, make their own
     def __repr__(self): return f"{type(self).__name__}({self.domain_shape} -> {self.range_shape})"
 
     def _apply(self, x):
@@ -113,43 +97,35 @@ class LinearOperator:
 
     def _transpose(self): return LinearOperator(self.range_shape, self.domain_shape, self._adjoint, self._forward)
 
-    def _select(self, rows): return _pick(self, rows)
+    def _select(self, rows):
+        flat = torch.from_numpy(rows.ravel())
+        return LinearOperator(self.domain_shape, rows.shape, partial(_chosen, self._forward, flat),
+                              partial(_put_back, self._adjoint, self.range_shape, flat))
 
 # %% ../nbs/02_operators.ipynb #9f5760c2
-def _positions(
-    index,  # any NumPy or torch index into one measurement
-    shape: tuple  # shape of that measurement
-) -> np.ndarray:  # flat positions (C order) in the shape of the selection
-    "Which readings `index` selects; raises IndexError as NumPy does, ValueError where it selects none."
+def _positions(index, shape: tuple) -> np.ndarray:
+    "Flat positions (C order) of what `index` selects; raises IndexError as NumPy does, ValueError if it is nothing."
     parts = tuple(p.cpu().numpy() if isinstance(p, torch.Tensor) else p
                   for p in (index if isinstance(index, tuple) else (index,)))
     rows = np.asarray(np.arange(math.prod(shape)).reshape(shape)[parts])
     if rows.size == 0: raise ValueError(f"index {index!r} selects nothing from a measurement of shape {shape}")
     return rows
 
+def _chosen(forward, flat, x):
+    "The readings of `x` at the positions `flat`."
+    return forward(x).reshape(len(x), -1)[:, flat.to(x.device)]
 
-def _pick(
-    A: LinearOperator,
-    rows: np.ndarray  # flat positions in a measurement
-) -> LinearOperator:  # range_shape is rows.shape
-    "A followed by the choice of `rows`."
-    flat, total = torch.from_numpy(rows.ravel()), math.prod(A.range_shape)
-
-    def forward(x): return A(x).reshape(len(x), total)[:, flat.to(x.device)]
-
-    def adjoint(y):
-        full = y.new_zeros(len(y), total).index_add(1, flat.to(y.device), y.reshape(len(y), rows.size))
-        return A.T(full.reshape(len(y), *A.range_shape))
-
-    return LinearOperator(A.domain_shape, rows.shape, forward, adjoint)
+def _put_back(adjoint, shape, flat, y):
+    "The adjoint of measurements of this shape that are `y` at the positions `flat` and zero elsewhere."
+    full = y.new_zeros(len(y), math.prod(shape)).index_add(1, flat.to(y.device), y.reshape(len(y), -1))
+    return adjoint(full.reshape(len(y), *shape))
 
 # %% ../nbs/02_operators.ipynb #7ef60233
-def adjoint_error(
-    A: LinearOperator,
-    dtype: torch.dtype = torch.float32,  # precision of the test
-    device: torch.device | str = "cpu",
-    seed: int = 0  # of the random vectors
-) -> float:  # 0 for an exact adjoint
+def adjoint_error(A: LinearOperator,
+                  dtype: torch.dtype = torch.float32,  # precision of the test
+                  device: torch.device | str = "cpu",
+                  seed: int = 0  # of the random vectors
+                 ) -> float:  # 0 for an exact adjoint
     "|<Ax, y> - <x, A.T y>| / max(|Ax| |y|, |x| |A.T y|) for x and y with random entries between 0 and 1."
     draw = torch.Generator().manual_seed(seed)
     x, y = (torch.rand(s, generator=draw, dtype=dtype).to(device) for s in (A.domain_shape, A.range_shape))
@@ -160,7 +136,6 @@ def adjoint_error(
 # %% ../nbs/02_operators.ipynb #ce5fffcd
 class MatrixOperator(LinearOperator):
     "A sparse matrix acting on flattened images; the transpose is stored by rows too, so both directions are fast."
-
     def __init__(self,
                  matrix,  # SciPy sparse (prod(range_shape), prod(domain_shape)), real, finite
                  domain_shape: tuple,  # shape of one image
@@ -168,16 +143,13 @@ class MatrixOperator(LinearOperator):
         super().__init__(domain_shape, range_shape, self._product, None)
         self.matrix, self._copies = _check_matrix(matrix, self.domain_shape, self.range_shape), {}
 
-    def torch_matrix(self,
-                     dtype: torch.dtype,
-                     device: torch.device | str = "cpu"
-                    ) -> torch.Tensor:  # sparse CSR (prod(range_shape), prod(domain_shape))
-        "The matrix in PyTorch, converted once for each dtype and device."
+    def torch_matrix(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
+        "The matrix as a sparse CSR tensor, converted once for each dtype and device."
         key = dtype, torch.device(device)
         if key not in self._copies: self._copies[key] = _torch_csr(self.matrix, *key)
         return self._copies[key]
 
-    def __getstate__(self): return self.__dict__ | {"_copies": {}, "_T": None}  # for copies and other processes
+    def __getstate__(self): return super().__getstate__() | {"_copies": {}}
 
     def _product(self, x):
         matrix, x = self.torch_matrix(x.dtype, x.device), x.reshape(len(x), math.prod(self.domain_shape))
@@ -185,7 +157,6 @@ class MatrixOperator(LinearOperator):
         return (matrix @ x.T).T.contiguous()
 
     def _transpose(self): return MatrixOperator(self.matrix.T, self.range_shape, self.domain_shape)
-
     def _select(self, rows): return MatrixOperator(self.matrix[rows.ravel()], self.domain_shape, rows.shape)
 
 # %% ../nbs/02_operators.ipynb #6a12c77c
@@ -202,7 +173,6 @@ def _check_matrix(matrix, domain_shape, range_shape):
     if not np.isfinite(matrix.data).all(): raise ValueError("matrix contains NaN or infinity: remove these entries")
     return matrix
 
-
 def _torch_csr(matrix, dtype, device):
     "SciPy CSR to torch CSR, sharing memory where dtype and device allow."
     with warnings.catch_warnings():
@@ -211,11 +181,10 @@ def _torch_csr(matrix, dtype, device):
         return torch.sparse_csr_tensor(starts, columns, values, matrix.shape, check_invariants=False).to(device, dtype)
 
 # %% ../nbs/02_operators.ipynb #d0bfb176
-def require_memory(
-    needed: float,  # bytes
-    what: str,  # the object that needs them, for the message
-    remedy: str  # what to do instead
-) -> None:
+def require_memory(needed: float,  # bytes
+                   what: str,  # the object that needs them, for the message
+                   remedy: str  # what to do instead
+                  ) -> None:
     "Raises ValueError, before anything is built, where `needed` exceeds the memory now available."
     available = psutil.virtual_memory().available
     if needed > available:
@@ -223,22 +192,22 @@ def require_memory(
                          f"are available: {remedy}")
 
 # %% ../nbs/02_operators.ipynb #a60b4073
-def blur(
-    shape: tuple,  # image (H, W) or volume (D, H, W)
-    sigma: float  # standard deviation of the Gaussian, in pixels
-) -> LinearOperator:  # shape -> shape
+def blur(shape: tuple,  # image (H, W) or volume (D, H, W)
+         sigma: float  # standard deviation of the Gaussian, in pixels
+        ) -> LinearOperator:  # shape -> shape
     "Gaussian blur of an image continued periodically; raises ValueError where `sigma` exceeds the image."
     shape = _check_shape("shape", shape)
     _check_positive(sigma=sigma)
     if sigma > max(shape): raise ValueError(f"sigma={sigma} is more than the whole image {shape}: give it in pixels")
-    axes = tuple(range(1, len(shape) + 1))
     full = reduce(np.multiply.outer, [_gaussian_response(n, sigma) for n in shape])
-    response = torch.from_numpy(full[..., :shape[-1] // 2 + 1])  # a real image needs only half of its frequencies
+    half = torch.from_numpy(full[..., :shape[-1] // 2 + 1]).contiguous()  # of the frequencies: enough for a real image
+    convolve = partial(_convolve, half)
+    return LinearOperator(shape, shape, convolve, convolve)
 
-    def forward(x): return torch.fft.irfftn(torch.fft.rfftn(x, dim=axes) * response.to(x), s=shape, dim=axes)
-
-    return LinearOperator(shape, shape, forward, forward)
-
+def _convolve(response, x):
+    "The images `x`, each frequency multiplied by its `response`."
+    axes = tuple(range(1, x.ndim))
+    return torch.fft.irfftn(torch.fft.rfftn(x, dim=axes) * response.to(x), s=x.shape[1:], dim=axes)
 
 def _gaussian_response(n, sigma):
     "(n,) what a Gaussian on a ring of n pixels leaves of each frequency, in NumPy's order."
@@ -248,16 +217,13 @@ def _gaussian_response(n, sigma):
     return np.fft.fft(np.bincount(offset % n, weights / weights.sum(), n)).real
 
 # %% ../nbs/02_operators.ipynb #7789cb6b
-def mask(
-    keep  # bool tensor or array (H, W) or (D, H, W): True where a pixel is known
-) -> LinearOperator:  # keep.shape -> (number of known pixels,)
+def mask(keep  # bool tensor or array (H, W) or (D, H, W): True where a pixel is known
+        ) -> LinearOperator:  # keep.shape -> (number of known pixels,)
     "The known pixels in C order: inpainting, or denoising where all are known."
     keep = _check_keep(keep)
+    return LinearOperator(keep.shape, keep.shape, _same, _same)[keep]
 
-    def same(x): return x
-
-    return LinearOperator(keep.shape, keep.shape, same, same)[keep]
-
+def _same(x): return x
 
 def _check_keep(keep) -> np.ndarray:
     "`keep` as an array; raises TypeError if it is not boolean, ValueError where it keeps nothing or is no image."
@@ -269,48 +235,43 @@ def _check_keep(keep) -> np.ndarray:
     return keep
 
 # %% ../nbs/02_operators.ipynb #c7723155
-def downsample(
-    shape: tuple,  # image (H, W) or volume (D, H, W)
-    factor: int  # side of the squares (cubes) over which the mean is taken, in pixels
-) -> LinearOperator:  # shape -> shape / factor
+def downsample(shape: tuple,  # image (H, W) or volume (D, H, W)
+               factor: int  # side of the squares (cubes) over which the mean is taken, in pixels
+              ) -> LinearOperator:  # shape -> shape / factor
     "Means over squares; raises ValueError where `shape` is not divisible by `factor`."
     shape, (factor,) = _check_shape("shape", shape), _check_shape("factor", (factor,))
     if any(n % factor for n in shape):
         raise ValueError(f"shape={shape} is not divisible by factor={factor}: crop or pad the image")
-    axes, small = range(1, len(shape) + 1), tuple(n // factor for n in shape)
+    small = tuple(n // factor for n in shape)
+    return LinearOperator(shape, small, partial(_means, factor), partial(_spread_out, factor))
 
-    def forward(x):
-        squares = x.reshape(len(x), *(size for n in small for size in (n, factor)))
-        return squares.mean([2 * axis for axis in axes])
+def _means(factor, x):
+    "The mean of each square."
+    squares = x.reshape(len(x), *(size for n in x.shape[1:] for size in (n // factor, factor)))
+    return squares.mean(tuple(range(2, squares.ndim, 2)))
 
-    def adjoint(y): return reduce(lambda x, axis: x.repeat_interleave(factor, axis), axes, y / factor**len(shape))
-
-    return LinearOperator(shape, small, forward, adjoint)
+def _spread_out(factor, y):
+    "Each reading in equal parts over its square."
+    axes = range(1, y.ndim)
+    return reduce(lambda x, axis: x.repeat_interleave(factor, axis), axes, y / factor**len(axes))
 
 # %% ../nbs/02_operators.ipynb #c46e36db
-def fourier(
-    keep  # bool tensor or array (H, W) or (D, H, W): True where k-space is sampled, frequency zero at its centre
-) -> LinearOperator:  # keep.shape -> (number of samples, 2), real and imaginary parts
+def fourier(keep  # bool tensor or array (H, W) or (D, H, W): True where k-space is sampled, frequency 0 at its centre
+           ) -> LinearOperator:  # keep.shape -> (number of samples, 2), real and imaginary parts
     "Samples, in C order, of the orthonormal Fourier transform of a real image, as in accelerated MRI."
     keep = _check_keep(keep)
-    axes, shape = tuple(range(1, keep.ndim + 1)), keep.shape
-    where = torch.from_numpy(np.fft.fftshift(np.arange(keep.size).reshape(shape))[keep])  # in the transform's own order
+    places = np.fft.fftshift(np.arange(keep.size).reshape(keep.shape))[keep]  # in the transform's own order
+    full = LinearOperator(keep.shape, (*keep.shape, 2), _transform, _inverse)
+    return full[np.unravel_index(places, keep.shape)]
 
-    def forward(x):
-        return torch.view_as_real(torch.fft.fftn(x, dim=axes, norm="ortho").flatten(1)[:, where.to(x.device)])
-
-    def adjoint(y):
-        full = y.new_zeros(len(y), keep.size, 2).index_copy(1, where.to(y.device), y)
-        return torch.fft.ifftn(torch.view_as_complex(full).reshape(-1, *shape), dim=axes, norm="ortho").real
-
-    return LinearOperator(shape, (len(where), 2), forward, adjoint)
+def _transform(x): return torch.view_as_real(torch.fft.fftn(x, dim=tuple(range(1, x.ndim)), norm="ortho"))
+def _inverse(y): return torch.fft.ifftn(torch.view_as_complex(y), dim=tuple(range(1, y.ndim - 1)), norm="ortho").real
 
 # %% ../nbs/02_operators.ipynb #f4596693
-def as_operator(
-    thing,  # matrix, SciPy LinearOperator (ASTRA, PyLops), object with A and A_adjoint, or (forward, adjoint)
-    domain_shape: tuple | None = None,  # shape of one image; needed where `thing` does not know it
-    range_shape: tuple | None = None  # shape of one measurement
-) -> LinearOperator:
+def as_operator(thing,  # matrix, SciPy LinearOperator (ASTRA, PyLops), object with A and A_adjoint, (forward, adjoint)
+                domain_shape: tuple | None = None,  # shape of one image; needed where `thing` does not know it
+                range_shape: tuple | None = None  # shape of one measurement
+               ) -> LinearOperator:
     """Make a `LinearOperator` of whatever describes a linear map; the adjoints of others are tested first.
 
     Callables, `A` and `A_adjoint` take and return batches of tensors. Raises TypeError for an unknown kind of
@@ -330,7 +291,6 @@ def as_operator(
     for name, wanted, found in (("domain_shape", domain, A.domain_shape), ("range_shape", ran, A.range_shape)):
         if wanted not in (None, found): raise ValueError(f"{name}={wanted}, but the {type(thing).__name__} has {found}")
     return A
-
 
 def _tested(A, dtype=torch.float32, device="cpu"):
     "`A`; raises ValueError where its functions lose the batch or are not adjoint to each other."
@@ -353,7 +313,6 @@ def _from_matrix(matrix, domain_shape, range_shape):
     if len(matrix.shape) != 2: raise ValueError(f"matrix has shape {matrix.shape}, expected two dimensions")
     return MatrixOperator(matrix, domain_shape or matrix.shape[1:], range_shape or matrix.shape[:1])
 
-
 def _from_scipy(operator, domain_shape, range_shape):
     "An operator on NumPy vectors; ASTRA's (`vshape`, `sshape`) and PyLops' (`dims`, `dimsd`) know their images."
     if np.dtype(operator.dtype).kind == "c":
@@ -363,17 +322,13 @@ def _from_scipy(operator, domain_shape, range_shape):
     if (math.prod(range_shape), math.prod(domain_shape)) != operator.shape:
         raise ValueError(f"domain_shape={domain_shape} and range_shape={range_shape} do not fit {operator.shape}")
     dtype = torch.float32 if operator.dtype == np.float32 else torch.float64
-    A = LinearOperator(domain_shape, range_shape, _batched(operator.matvec, range_shape),
-                       _batched(operator.rmatvec, domain_shape))
-    return _tested(A, dtype)
+    return _tested(LinearOperator(domain_shape, range_shape, partial(_each, operator.matvec, range_shape),
+                                  partial(_each, operator.rmatvec, domain_shape)), dtype)
 
-
-def _batched(product, shape):
-    "A product with one NumPy vector as a function of a batch of tensors."
-    def batched(x):
-        vectors = x.detach().cpu().reshape(len(x), -1).numpy()
-        return torch.as_tensor(np.stack([product(v) for v in vectors])).reshape(len(x), *shape).to(x)
-    return batched
+def _each(product, shape, x):
+    "A product with one NumPy vector, for each of a batch of tensors."
+    vectors = x.detach().cpu().reshape(len(x), -1).numpy()
+    return torch.as_tensor(np.stack([product(v) for v in vectors])).reshape(len(x), *shape).to(x)
 
 # %% ../nbs/02_operators.ipynb #248d7b34
 def _from_physics(physics, domain_shape):
@@ -382,27 +337,28 @@ def _from_physics(physics, domain_shape):
     device = tensors[0].device if tensors else torch.device("cpu")
     full = tuple(physics.A(torch.zeros(1, 1, *_known(domain_shape), device=device)).shape[1:])
     range_shape = full[1:] if len(full) > 1 and full[0] == 1 else full  # without a single channel
-    return _tested(LinearOperator(domain_shape, range_shape, lambda x: physics.A(x[:, None]).reshape(-1, *range_shape),
-                                  lambda y: physics.A_adjoint(y.reshape(-1, *full)).reshape(-1, *domain_shape)),
-                   device=device)
+    return _tested(LinearOperator(domain_shape, range_shape,
+                                  partial(_reshaped, physics.A, (1, *domain_shape), range_shape),
+                                  partial(_reshaped, physics.A_adjoint, full, domain_shape)), device=device)
 
+def _reshaped(product, given, wanted, x):
+    "A product of batches of shape `given`, with results of shape `wanted`."
+    return product(x.reshape(-1, *given)).reshape(-1, *wanted)
 
 def _from_callables(forward, adjoint, domain_shape, range_shape):
     "Two functions on batches of tensors."
     range_shape = range_shape or tuple(forward(torch.zeros(1, *_known(domain_shape))).shape[1:])
     return _tested(LinearOperator(domain_shape, range_shape, forward, adjoint))
 
-
 def _known(domain_shape):
     if domain_shape is None: raise ValueError("domain_shape=None: say what shape an image has, such as (128, 128)")
     return domain_shape
 
 # %% ../nbs/02_operators.ipynb #5acfa5ea
-def cgls(
-    A: LinearOperator,
-    y: torch.Tensor,  # (..., *A.range_shape)
-    iterations: int  # few for a smooth image, many for least squares
-) -> torch.Tensor:  # (..., *A.domain_shape)
+def cgls(A: LinearOperator,
+         y: torch.Tensor,  # (..., *A.range_shape)
+         iterations: int  # few for a smooth image, many for least squares
+        ) -> torch.Tensor:  # (..., *A.domain_shape)
     "Conjugate gradients for min |Ax - y|, from x = 0 (Hestenes and Stiefel 1952); images of a batch go separately."
     _check_measurement(A, y)
     _check_shape("iterations", iterations)
@@ -423,13 +379,9 @@ def cgls(
         direction = gradient + _spread(slope / before.clamp_min(tiny), A.domain_shape) * direction
     return x
 
-
 def _check_measurement(A, y):
     _check_tensor("y", y, A.range_shape)
     if not y.isfinite().all(): raise ValueError(f"y contains {int((~y.isfinite()).sum())} NaN or infinite readings")
 
-
 def _square(v, shape): return v.square().reshape(v.shape[:v.ndim - len(shape)] + (math.prod(shape),)).sum(-1)
-
-
 def _spread(s, shape): return s.reshape(s.shape + (1,) * len(shape))

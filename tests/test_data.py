@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from scipy.io import loadmat, savemat
 from skimage.transform import resize_local_mean
 
-import dip_uq.data as data
+import dip_uq.scans as scans
 from dip_uq.data import Scan, ellipses, gaussian_noise, poisson_noise, rectangles, shepp_logan, simulate, walnut
 from dip_uq.operators import as_operator
 from dip_uq.rays import fan_beam, parallel_beam
@@ -424,9 +424,9 @@ def server(tmp_path, monkeypatch):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(tmp_path))) as http_server:
         threading.Thread(target=http_server.serve_forever, daemon=True).start()
         monkeypatch.delenv("DIP_UQ_DATA", raising=False)
-        monkeypatch.setattr(data._HTC, "base_url", f"http://127.0.0.1:{http_server.server_address[1]}/")
-        monkeypatch.setattr(data._HTC, "path", tmp_path / "cache")
-        monkeypatch.setattr(data._HTC, "retry_if_failed", 0)
+        monkeypatch.setattr(scans._HTC, "base_url", f"http://127.0.0.1:{http_server.server_address[1]}/")
+        monkeypatch.setattr(scans._HTC, "path", tmp_path / "cache")
+        monkeypatch.setattr(scans._HTC, "retry_if_failed", 0)
         yield tmp_path
         http_server.shutdown()
 
@@ -437,7 +437,7 @@ def test_download(server, mat, monkeypatch):
         name = file.name.replace("zz", "ta")
         (server / name).write_bytes(file.read_bytes())
         registry[name] = pooch.file_hash(file)
-    monkeypatch.setattr(data._HTC, "registry", registry)
+    monkeypatch.setattr(scans._HTC, "registry", registry)
     scan = load_htc2022("ta", angles=4, size=16)
     assert scan.truth is not None and scan.measurement.shape[0] == 4
     assert len(list((server / "cache").iterdir())) == 2
@@ -481,4 +481,4 @@ def test_htc_disc_has_no_truth():
 
 @needs_htc
 def test_htc_hashes():
-    for name, known in data._HTC.registry.items(): assert pooch.file_hash(HTC / name) == known
+    for name, known in scans._HTC.registry.items(): assert pooch.file_hash(HTC / name) == known

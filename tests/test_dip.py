@@ -157,15 +157,15 @@ def test_dropout_and_batchnorm():
 
 
 class Interrupted(LinearOperator):
-    "The operator of `RAYS`; the call number `at` after arming is interrupted."
+    "The operator of `RAYS`; the product number `left` after arming, also of some rows, is interrupted."
     def __init__(self, A):
-        super().__init__(A.domain_shape, A.range_shape, A, A.T)
-        self.left = 0
+        super().__init__(A.domain_shape, A.range_shape, self.product, A.T)
+        self.A, self.left = A, 0
 
-    def __call__(self, x):
+    def product(self, x):
         self.left -= 1
         if self.left == 0: raise KeyboardInterrupt
-        return super().__call__(x)
+        return self.A(x)
 
 
 @pytest.mark.parametrize("stop", STOPS)

@@ -2,7 +2,10 @@
 speed."""
 
 import os
+import pickle
+from concurrent.futures import ProcessPoolExecutor
 from fractions import Fraction
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +18,7 @@ from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
 from skimage.transform import downscale_local_mean
 
+from dip_uq.data import Scan, simulate
 from dip_uq.operators import MatrixOperator, adjoint_error, as_operator, blur, cgls, downsample, fourier, mask
 from dip_uq.rays import fan_beam, fbp, parallel_beam, ray_matrix
 
@@ -252,6 +256,54 @@ def test_adjoint(beam):
     A = SCANS[beam][0]
     assert adjoint_error(A) < 1e-6
     assert adjoint_error(A, torch.float64) < 1e-14
+
+
+class Pooling(torch.nn.Module):
+    "Physics in the style of DeepInverse."
+    def A(self, x): return torch.nn.functional.avg_pool2d(x, 2)
+    def A_adjoint(self, y): return torch.nn.functional.interpolate(y, scale_factor=2) / 4
+
+
+def shift(x): return x.roll(1, -1)
+def shift_back(y): return y.roll(-1, -1)
+
+
+MATRIX = sp.random_array((63, 64), density=.2, rng=np.random.default_rng(0))
+KINDS = {
+    "blur": blur((8, 8), 1.5), "mask": mask(random_pattern((8, 8), 0)), "downsample": downsample((8, 8), 2),
+    "fourier": fourier(random_pattern((8, 8), 0)), "matrix": as_operator(MATRIX, (8, 8), (7, 9)),
+    "SciPy": as_operator(sp.linalg.aslinearoperator(MATRIX), (8, 8), (7, 9)),
+    "physics": as_operator(Pooling(), (8, 8)), "callables": as_operator((shift, shift_back), (8, 8)),
+    "rays": fan_beam(ANGLES, (8, 8), 13, 1.5, 20., 10.),
+}
+
+
+def sent(A): return pickle.loads(pickle.dumps(A))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pickled_operators_are_the_same(kind):
+    "Each kind, its rows, the transposes and their rows, bit by bit; the cached transpose is not taken along."
+    for A in KINDS[kind], KINDS[kind][1:3], KINDS[kind][[3, 1, 1]][1:]:
+        size = len(pickle.dumps(A))
+        for B, again in (A, sent(A)), (A.T, sent(A).T), (A.T, sent(A.T)), (A.T[2:5], sent(A.T[2:5])):
+            assert type(again) is type(B) and (again.domain_shape, again.range_shape) == (B.domain_shape, B.range_shape)
+            for x in torch.rand(2, 3, *B.domain_shape), torch.rand(B.domain_shape, dtype=torch.float64):
+                assert torch.equal(again(x), B(x))
+        assert len(pickle.dumps(A)) == size
+
+
+def test_operators_and_scans_in_another_process():
+    "Unpickled where nothing but the library is there."
+    rays, holes = KINDS["rays"], KINDS["mask"]
+    scan, x = simulate(torch.rand(8, 8), rays).hold_out(4), torch.rand(8, 8)
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        for A, given in ((rays[3:9], x), (holes, x), (holes.T, holes(x))):
+            assert torch.equal(pool.submit(A, given).result(), A(given))
+        there = pool.submit(Scan.hold_out, scan, 3).result()
+    assert torch.equal(there.measurement, scan.measurement) and torch.equal(there.truth, scan.truth)
+    assert (there.held_out, there.noise_std, there.pixel_size) == (scan.hold_out(3).held_out, scan.noise_std, 1.)
+    assert torch.equal(there.training.operator(x), scan.hold_out(3).training.operator(x))
 
 
 def htc(name):
