@@ -28,7 +28,7 @@ from torch.nn.functional import avg_pool2d
 
 from dip_uq.calibration import check_held_out, coverage, log_likelihood, z_std
 from dip_uq.dip import psnr, reconstruct
-from dip_uq.evidence import OBJECTIVES, fitted_first, prior_of, value_and_gradient
+from dip_uq.evidence import conditional_objective, prior_of
 from dip_uq.linearization import FREE
 from dip_uq.networks import UNet
 from dip_uq.pipeline import solve
@@ -63,9 +63,8 @@ def solved(name, angles, seed, fine=1, rays=None):
 
 def about(solution):
     "What needs no truth."
-    lin = solution.posterior.evidence.model.lin
-    _, r, t = fitted_first(lin)
-    evidence, tau = solution.posterior.evidence, solution.posterior.evidence.prior.variance[FREE]**0.5 * lin.recon.scale
+    evidence = solution.posterior.evidence
+    r, t, tau = evidence.model.residual, evidence.model.training, evidence.prior.variance[FREE]**0.5 * solution.recon.scale
     return dict(rays_z=solution.check.z_std, fitted=rms(r[:t]), held_out=rms(r[t:]), free_pixels=tau,
                 value=evidence.value, correction=solution.check.correction)
 
@@ -96,14 +95,12 @@ def fine_pixels(name, angles, seed):
 def profile(name, angles, seed):
     s = solved(name, angles, seed)
     evidence, scale = s.posterior.evidence, s.recon.scale
-    prior, nll = evidence.prior, OBJECTIVES["conditional"](evidence.model)
+    prior, nll = evidence.prior, conditional_objective(evidence.model)
     for tau in STDS:
         variance, length = [prior.variance["all"], (tau / scale)**2], [prior.length["all"], 1.0]
-        p = torch.tensor(variance + length, dtype=torch.float64).log().numpy()
-        value, _ = value_and_gradient(p, evidence.model, evidence.noise_std, nll)
         found = replace(evidence, prior=prior_of(evidence.model, variance, length))
         posterior = Posterior(found)
-        yield dict(free_pixels=tau, value=-value, rays_z=check_held_out(found).z_std) | scores(
+        yield dict(free_pixels=tau, value=-float(nll(found.covariance)), rays_z=check_held_out(found).z_std) | scores(
             posterior.mean, posterior.std(progress=False), s.scan.truth, seen_by_averaged(name, angles))
 
 

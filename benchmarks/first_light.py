@@ -17,9 +17,10 @@ import torch
 from common import arguments, some, timed, write
 from torch import nn
 
+from dip_uq.covariance import Model
 from dip_uq.data import simulate, walnut
 from dip_uq.dip import Run, descend, first_guess, fresh, reconstruct, total_variation
-from dip_uq.evidence import Model, conditional_objective, log_parameters, value_and_gradient
+from dip_uq.evidence import conditional_objective, log_parameters, value_and_gradient
 from dip_uq.linearization import Linearization, unit_vectors
 from dip_uq.networks import UNet
 from dip_uq.rays import fan_beam

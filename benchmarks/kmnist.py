@@ -46,9 +46,10 @@ from tqdm import tqdm
 
 from dip_uq.baselines import mc_dropout
 from dip_uq.calibration import check_held_out, coverage, log_likelihood, z_std
+from dip_uq.covariance import Model
 from dip_uq.data import simulate
 from dip_uq.dip import psnr, reconstruct
-from dip_uq.evidence import Model, fit_evidence, log_parameters, maximise, prior_of
+from dip_uq.evidence import fit_evidence, log_parameters, maximise, prior_of
 from dip_uq.linearization import Linearization
 from dip_uq.networks import UNet
 from dip_uq.operators import mask
