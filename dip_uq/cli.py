@@ -94,7 +94,7 @@ def info() -> str:
                  torch=f"{torch.__version__}, threads: {torch.get_num_threads()} of {os.cpu_count()} processors",
                  cuda=", ".join(cuda) or "no device",
                  memory=f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB available")
-    libraries = "numpy", "scipy", "matplotlib", "scikit-image", "linear_operator", "safetensors", "ipywidgets"
+    libraries = "numpy", "scipy", "matplotlib", "scikit-image", "safetensors", "ipywidgets"
     lines |= {name: version(name) for name in libraries} | dict(data=data)
     return "\n".join(f"{name:<16}{value}" for name, value in lines.items())
 

@@ -155,8 +155,9 @@ class Evidence:
     @cached_property
     def covariance(self) -> Covariance:
         "K_yy at these hyperparameters, rays in the order of the model."
-        chosen = (torch.tensor(list(h.values()), dtype=torch.float64) for h in (self.prior.variance, self.prior.length))
-        return self.model.covariance(*chosen, self.noise_std**2)
+        both = self.prior.variance, self.prior.length
+        variance, length = (torch.tensor([*h.values()], dtype=torch.float64) for h in both)
+        return self.model.covariance(variance, length, self.noise_std**2)
 
     @property
     def prior_power(self) -> float:

@@ -47,12 +47,12 @@ def check_parameters(net: nn.Module, layers: dict[str, nn.Module]) -> None:
         for name, p in m.named_parameters(where, recurse=False):
             if name.rpartition(".")[2] == "bias" or "Norm" in type(m).__name__: continue
             if where not in layers or m.weight is not p:
-                raise ValueError(f"net: parameter {name!r} is neither the weight of a Conv2d or Conv3d layer nor a bias "
-                                 "nor of a normalisation, so it would count as known exactly; make it the weight of "
-                                 "such a layer, or a buffer if it is a constant")
+                raise ValueError(f"net: parameter {name!r} is neither the weight of a Conv2d or Conv3d layer nor a "
+                                 "bias nor of a normalisation, so it would count as known exactly; make it the weight "
+                                 "of such a layer, or a buffer if it is a constant")
             if p in owner:
-                raise ValueError(f"net: {name!r} and {owner[p]!r} are one tensor, but only weights that are used once can "
-                                 "be linearised; give each convolution weights of its own")
+                raise ValueError(f"net: {name!r} and {owner[p]!r} are one tensor, but only weights that are used once "
+                                 "can be linearised; give each convolution weights of its own")
             owner[p] = name
 
 # %% ../nbs/13_linearization.ipynb #7e312703
@@ -117,9 +117,9 @@ class Linearization:
     """The network linearised at θ*: h(θ) = x̂ + J (θ − θ*), J (pixels × parameters) by the weights of its convolutions
     and, with free pixels, by one more for each pixel, which moves that alone.
 
-    Has `convs` (the convolutions by name), `pixels` (how far each free pixel moves, (H, W), or None), `filters` (the size
-    of the filters of each convolution; free pixels count as filters of one tap), `sizes` (the numbers of weights of
-    these), `weights` (those of the network together) and `parameters` (all of them).
+    Has `convs` (the convolutions by name), `pixels` (how far each free pixel moves, (H, W), or None), `filters` (the
+    size of the filters of each convolution; free pixels count as filters of one tap), `sizes` (their numbers of
+    weights), `weights` (how many the network has) and `parameters` (how many there are with free pixels).
     Raises ValueError where the network is not covered, or does not give the image of the reconstruction.
     """
     def __init__(self,
@@ -153,7 +153,7 @@ class Linearization:
         return taps, self.tapped(taps)
 
     def network_pullback(self, batch: int) -> Callable[[Tensor], Tensor]:
-        """The function u ↦ J_netᵀu for u (B, H, W), B ≤ `batch`; it keeps the memory of one forward pass of `batch` images.
+        """The function u ↦ Jᵀu of the network alone; it keeps the memory of one forward pass of `batch` images.
 
         One backward pass to the taps, then one matrix product with the patches for each convolution.
         """
@@ -204,7 +204,8 @@ class Linearization:
         if chunk < 1: raise ValueError(f"chunk: {chunk} must be at least 1 row in a backward pass")
         require_memory(n * width * self.recon.z.element_size(), f"AJ of {n} rays × {width} weights",
                        "measure fewer rays (angles or bins) or use a network with fewer channels")
-        out, pull = self.recon.z.new_empty(n, width), (self.pullback if free_pixels else self.network_pullback)(min(chunk, n))
+        pull = (self.pullback if free_pixels else self.network_pullback)(min(chunk, n))
+        out = self.recon.z.new_empty(n, width)
         for i in tqdm(range(0, n, chunk), "rows of AJ", disable=not progress):
             out[i:i + chunk] = pull(operator.T(unit_vectors(shape, range(i, min(i + chunk, n)), out)))
         return out
@@ -252,7 +253,8 @@ def block_distances(lin: Linearization,
     "All distances between two taps of a filter in one block, ascending; ValueError for names that `lin` does not have."
     unknown = sorted(set(block) - set(lin.filters))
     if unknown or not block:
-        raise ValueError(f"block: {unknown or block} must be names of convolutions; choose from {', '.join(lin.filters)}")
+        raise ValueError(f"block: {unknown or block} must be names of convolutions; choose from "
+                         f"{', '.join(lin.filters)}")
     return torch.cat([tap_distances(lin.filters[name])[0] for name in block]).unique()
 
 def class_grams(lin: Linearization,
@@ -283,7 +285,7 @@ def add_class_grams(grams: Tensor, # (R, n, n), changed in place
     coefficients = torch.stack([Q.T @ (index == r).double() @ Q for r in range(len(own))]) # (R, taps, taps)
     filters, Q = part.unflatten(1, (-1, len(Q))), Q.to(part.device) # (n, filters, taps)
     slices = part.new_empty(len(Q), *filters.shape[:2], dtype=torch.float64)
-    for i, rays in enumerate(filters.split(64)): slices[:, 64 * i:64 * i + len(rays)] = (rays.double() @ Q).movedim(2, 0)
+    for rays, place in zip(filters.split(64), slices.split(64, 1)): place.copy_((rays.double() @ Q).movedim(2, 0))
     for a, b in (coefficients.abs() > 1e-9).any(0).triu().nonzero().tolist():
         product = slices[a] @ slices[b].T
         if a != b: product = product + product.T

@@ -25,9 +25,9 @@ from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 
 from .calibration import coverage, held_out_errors, z_std
+from .covariance import Model
 from .data import Scan, _whole
 from .dip import Reconstruction, Run, descend, first_guess, psnr
-from .covariance import Model
 from .evidence import conditional_objective, log_parameters, value_and_gradient
 from .linearization import Linearization, block_distances
 from .networks import fresh, seeded
@@ -213,7 +213,8 @@ class Landscape:
         t, r, found = model.training, model.residual.clone(), []
         r[:t] = 0
         for length in lengths:
-            G = model.covariance(*torch.tensor([[1.0], [length]], dtype=torch.float64), 0.0).matrix
+            one = torch.ones(1, dtype=torch.float64)
+            G = model.covariance(one, length * one, 0.0).matrix
             eigenvalues, V = torch.linalg.eigh(G)
             found.append((eigenvalues.clamp(min=0), (V.T @ r).square(), torch.linalg.eigvalsh(G[:t, :t]).clamp(min=0)))
         return cls(model, np.asarray(lengths), *(torch.stack(part).cpu() for part in zip(*found)))
