@@ -60,10 +60,10 @@ class Posterior:
         "Samples of x − mean by pathwise conditioning (Wilson et al. 2020): J (θ₀ − Σ_θ (AJ)ᵀ K_yy⁻¹ (AJθ₀ + ξ))."
         if n < 1: raise ValueError(f"n: {n} samples; draw at least 1")
         K, generator = self.evidence.covariance, torch.Generator().manual_seed(seed)
-        push = self.lin.pushforward(min(chunk, n))
+        push = self.lin.pushforward(8) # of 16 images it would take twice the memory, and no less time
         for i in range(0, n, chunk):
             theta, rays = K.draw(min(chunk, n - i), generator)
-            yield self.scale * push(theta - K.weights_given(rays))
+            yield self.scale * torch.cat([push(part) for part in (theta - K.weights_given(rays)).split(8)])
 
     def sample(self, n: int, seed: int = 0) -> Tensor: # (n, H, W)
         "n images from the posterior."
