@@ -10,7 +10,9 @@ __all__ = ['STARTS', 'STOPS', 'STATE_SECONDS', 'FIGURE_SECONDS', 'SHARE', 'total
            'reconstruct']
 
 # %% ../nbs/07_dip.ipynb #3b50f94f
-import copy, hashlib, math
+import copy
+import hashlib
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace

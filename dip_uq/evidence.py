@@ -6,7 +6,7 @@
 __all__ = ['Objective', 'OBJECTIVES', 'conditional_nll', 'joint_nll', 'log_parameters', 'value_and_gradient',
            'conditional_objective', 'best_weights', 'centred_residual', 'joint_objective', 'prior_energy',
            'paper_objective', 'image_tv_strength', 'with_tv', 'Evidence', 'prior_of', 'maximise', 'white_mode',
-           'linear_mode', 'tv_mode', 'fitted_noise', 'check_evidence', 'fit_evidence']
+           'linear_mode', 'tv_mode', 'fitted_noise', 'check_evidence', 'require_gaussian', 'fit_evidence']
 
 # %% ../nbs/17_evidence.ipynb #d05c8537
 import math
@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from .covariance import Covariance, Model, fitted_first
+from .data import Scan
 from .dip import noise_level, total_variation
-from .linearization import FREE, Linearization, tap_distances
+from .linearization import FREE, Linearization, is_normalisation, tap_distances
 from .priors import FilterPrior, TVPrior, tap_covariance, tv_strength
 
 # %% ../nbs/17_evidence.ipynb #1538db90
@@ -52,6 +53,8 @@ def log_parameters(model: Model, noise_std: float | None) -> tuple[np.ndarray, l
     traces = {b: float(grams[0].trace()) / n for b, (_, grams) in model.grams.items()}
     network = sum(size for block, size in traces.items() if block != FREE)
     sizes = np.array([traces[block] if block == FREE else network for block in model.blocks])
+    if FREE in traces and not traces[FREE] > 0:
+        raise ValueError("model.lin: no ray meets a pixel that may move; give another map of free pixels, or none")
     if not network > 0:
         raise ValueError("model.rows: AJ is zero, so no weight moves any ray; fit the network for longer")
     if not power > 0:
@@ -117,9 +120,11 @@ def prior_energy(model: Model, theta: Tensor) -> Callable[[Tensor, Tensor], Tens
                    for b, r, index, S in terms)
     return energy
 
-def paper_objective(model: Model) -> Objective:
-    "−log of the Laplace evidence at fixed weights θ̄ = `model.theta` (θ* by default), of the fitted rays."
-    theta = best_weights(model.lin) if model.theta is None else model.theta
+def paper_objective(model: Model,
+                    theta: Tensor | None = None, # θ̄ (parameters,); None: θ*
+                   ) -> Objective:
+    "−log of the Laplace evidence at fixed weights θ̄, of the fitted rays."
+    if theta is None: theta = best_weights(model.lin)
     r, length_of = centred_residual(model, theta), prior_energy(model, theta)
     def nll(K):
         fit = r.square().sum().cpu() / K.noise + length_of(K.variance, K.length)
@@ -154,9 +159,11 @@ class Evidence:
 
     @cached_property
     def covariance(self) -> Covariance:
-        "K_yy at these hyperparameters, rays in the order of the model."
+        "K_yy at these hyperparameters, rays in the order of the model; ValueError for a prior of another family."
+        if self.prior.family != "matern12":
+            raise ValueError(f"prior.family: {self.prior.family!r}, but the covariance of the rays is that of 'matern12'")
         both = self.prior.variance, self.prior.length
-        variance, length = (torch.tensor([*h.values()], dtype=torch.float64) for h in both)
+        variance, length = (torch.tensor([h[b] for b in self.model.blocks], dtype=torch.float64) for h in both)
         return self.model.covariance(variance, length, self.noise_std**2)
 
     @property
@@ -187,6 +194,7 @@ def maximise(model: Model,
              noise_std: float | None, # σ_y; None: chosen along with the rest
              steps: int = 200, # of L-BFGS-B, at most
              tv: TVPrior | None = None, # prior over ℓ_d; None: flat
+             theta: Tensor | None = None, # θ̄ of the paper's objective; None: θ*
             ) -> Evidence:
     """Choose the hyperparameters of `model` by the largest evidence: L-BFGS-B on their logarithms, in float64.
 
@@ -195,7 +203,7 @@ def maximise(model: Model,
     """
     began, b, history = perf_counter(), len(model.blocks), []
     start, bounds = log_parameters(model, noise_std)
-    nll = OBJECTIVES[objective](model)
+    nll = OBJECTIVES[objective](model) if theta is None else paper_objective(model, theta)
     if tv is not None: nll = with_tv(nll, tv, model.lin)
     free = np.array([block == FREE for block in model.blocks] + [False] * (len(start) - b))
     network = (np.arange(len(start)) < 2 * b) & ~free
@@ -273,6 +281,10 @@ def check_evidence(lin: Linearization, objective: str) -> None:
     if objective == "conditional" and not scan.held_out:
         raise ValueError("objective: 'conditional' needs projections that the network has not seen, and scan.held_out "
                          "is empty; reconstruct with stop='heldout' or scan.hold_out(n), or use objective='joint'")
+    require_gaussian(scan)
+
+def require_gaussian(scan: Scan) -> None:
+    "Raise ValueError for counts."
     if scan.poisson: raise ValueError("scan.poisson: the evidence needs Gaussian noise; it is not made for counts")
 
 # %% ../nbs/17_evidence.ipynb #3f5d3000
@@ -294,9 +306,9 @@ def fit_evidence(lin: Linearization, # made from a reconstruction that holds pro
     if noise_std is None and objective == "conditional": noise_std = fitted_noise(lin)
     model = Model.build(lin, shared, progress)
     prior = TVPrior.build(lin, model.blocks, progress=progress) if tv else None
-    jacobian = perf_counter() - began
-    if objective == "paper" and any("Norm" in type(m).__name__ for m in lin.net.modules()):
+    jacobian, theta = perf_counter() - began, None
+    if objective == "paper" and any(map(is_normalisation, lin.net.modules())):
         joint = maximise(model, "joint", noise_std)
-        model = replace(model, theta=tv_mode(joint, image_tv_strength(lin)) if tv else linear_mode(joint))
-    found = maximise(model, objective, noise_std, tv=prior)
+        theta = tv_mode(joint, image_tv_strength(lin)) if tv else linear_mode(joint)
+    found = maximise(model, objective, noise_std, tv=prior, theta=theta)
     return replace(found, seconds=dict(jacobian=jacobian) | found.seconds)

@@ -99,8 +99,8 @@ class LinearOperator:
 
     def _select(self, rows):
         flat = torch.from_numpy(rows.ravel())
-        return LinearOperator(self.domain_shape, rows.shape, partial(_chosen, self._forward, flat),
-                              partial(_put_back, self._adjoint, self.range_shape, flat))
+        return LinearOperator(self.domain_shape, rows.shape, partial(_chosen, self, flat),
+                              partial(_put_back, self, flat))
 
 # %% ../nbs/02_operators.ipynb #9f5760c2
 def _positions(index, shape: tuple) -> np.ndarray:
@@ -111,14 +111,14 @@ def _positions(index, shape: tuple) -> np.ndarray:
     if rows.size == 0: raise ValueError(f"index {index!r} selects nothing from a measurement of shape {shape}")
     return rows
 
-def _chosen(forward, flat, x):
+def _chosen(A, flat, x):
     "The readings of `x` at the positions `flat`."
-    return forward(x).reshape(len(x), -1)[:, flat.to(x.device)]
+    return A(x).reshape(len(x), -1)[:, flat.to(x.device)]
 
-def _put_back(adjoint, shape, flat, y):
-    "The adjoint of measurements of this shape that are `y` at the positions `flat` and zero elsewhere."
-    full = y.new_zeros(len(y), math.prod(shape)).index_add(1, flat.to(y.device), y.reshape(len(y), -1))
-    return adjoint(full.reshape(len(y), *shape))
+def _put_back(A, flat, y):
+    "The adjoint of a measurement that is `y` at the positions `flat` and zero elsewhere."
+    full = y.new_zeros(len(y), math.prod(A.range_shape)).index_add(1, flat.to(y.device), y.reshape(len(y), -1))
+    return A.T(full.reshape(len(y), *A.range_shape))
 
 # %% ../nbs/02_operators.ipynb #7ef60233
 def adjoint_error(A: LinearOperator,
@@ -183,10 +183,12 @@ def _torch_csr(matrix, dtype, device):
 # %% ../nbs/02_operators.ipynb #d0bfb176
 def require_memory(needed: float,  # bytes
                    what: str,  # the object that needs them, for the message
-                   remedy: str  # what to do instead
+                   remedy: str,  # what to do instead
+                   device: torch.device | str = "cpu"  # where it is to be
                   ) -> None:
     "Raises ValueError, before anything is built, where `needed` exceeds the memory now available."
-    available = psutil.virtual_memory().available
+    on_gpu = torch.device(device).type == "cuda"
+    available = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
     if needed > available:
         raise ValueError(f"{what} needs about {needed / 2**30:.3g} GiB, but only {available / 2**30:.3g} GiB of memory "
                          f"are available: {remedy}")

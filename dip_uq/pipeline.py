@@ -30,10 +30,10 @@ from .calibration import HeldOutCheck, check_held_out, coverage, held_out_errors
 from .covariance import require_dense
 from .data import Scan
 from .dip import Reconstruction, check_arguments, psnr, reconstruct
-from .evidence import fit_evidence
+from .evidence import fit_evidence, require_gaussian
 from .files import save_tensors, write_whole
 from .linearization import Linearization, check_network, convolutions
-from .networks import UNet
+from .networks import UNet, seeded
 from .plotting import show_image
 from .posterior import Posterior
 from .rays import RayTransform, fbp, field_of_view
@@ -142,10 +142,11 @@ def versions() -> dict[str, str]:
 
 # %% ../nbs/23_pipeline.ipynb #a47e010c
 def check_bars(scan: Scan, net: nn.Module) -> None:
-    "Raise ValueError, before the fit, for a network that cannot be linearised, or rays that the memory cannot hold."
+    "Raise ValueError, before the fit, for counts, networks that cannot be linearised, more rays than fit into memory."
+    require_gaussian(scan)
     channels = getattr(net, "settings", {}).get("inputs", 1)
     check_network(net, scan.measurement.new_zeros(1, channels, *scan.operator.domain_shape))
-    require_dense(convolutions(net), scan.measurement.numel(), scan.measurement.element_size())
+    require_dense(convolutions(net), scan.measurement.numel(), scan.measurement.element_size(), scan.measurement.device)
 
 def solve(scan: Scan, # what was measured
           net: nn.Module | None = None, # `UNet()` by default
@@ -162,8 +163,9 @@ def solve(scan: Scan, # what was measured
     if not isinstance(scan, Scan):
         raise TypeError(f"scan: {type(scan).__name__} is not a Scan; make one with load_scan(path) or Scan(...)")
     if samples is not None and samples < 0: raise ValueError(f"samples={samples} must be 0 (exact) or more")
-    if net is None: net = UNet(dims=len(scan.operator.domain_shape))
     check_arguments(scan, net, "heldout", progress, fit.get("educated", False))
+    if net is None:
+        with seeded(0): net = UNet(dims=len(scan.operator.domain_shape)) # its weights are drawn anew by the fit
     check_bars(scan, net)
     start = perf_counter()
     recon = reconstruct(scan, net, stop="heldout", progress=progress, learning_rate=learning_rate, **fit)

@@ -21,7 +21,7 @@ from .data import Scan
 from .dip import Reconstruction
 from .evidence import Evidence
 from .files import load_tensors, save_tensors
-from .linearization import Linearization, unit_vectors
+from .linearization import FREE, Linearization, unit_vectors
 from .operators import LinearOperator
 from .priors import FilterPrior
 
@@ -60,10 +60,11 @@ class Posterior:
         "Samples of x − mean by pathwise conditioning (Wilson et al. 2020): J (θ₀ − Σ_θ (AJ)ᵀ K_yy⁻¹ (AJθ₀ + ξ))."
         if n < 1: raise ValueError(f"n: {n} samples; draw at least 1")
         K, generator = self.evidence.covariance, torch.Generator().manual_seed(seed)
-        push = self.lin.pushforward(8) # of 16 images it would take twice the memory, and no less time
+        batch = min(8, chunk, n) # 16 images at once would take twice the memory, and no less time
+        push = self.lin.pushforward(batch)
         for i in range(0, n, chunk):
             theta, rays = K.draw(min(chunk, n - i), generator)
-            yield self.scale * torch.cat([push(part) for part in (theta - K.weights_given(rays)).split(8)])
+            yield self.scale * torch.cat([push(part) for part in (theta - K.weights_given(rays)).split(batch)])
 
     def sample(self, n: int, seed: int = 0) -> Tensor: # (n, H, W)
         "n images from the posterior."
@@ -94,6 +95,8 @@ class Posterior:
             raise ValueError(f"path: {str(path)!r} holds a reconstruction alone; load it by Reconstruction.load")
         about = about["posterior"]
         lin, prior = Linearization(recon, tensors.get("free_pixels", False)), FilterPrior(**about["prior"])
+        if (FREE in prior.blocks) != ("free_pixels" in tensors):
+            raise ValueError(f"path: {str(path)!r} was written by another version of dip_uq; save it again")
         model = Model.of(lin, prior.blocks, lin.rows(fitted_first(lin)[0], progress=progress))
         return cls(Evidence(model, prior, **about["evidence"]), about["scale"])
 

@@ -166,10 +166,10 @@ def test_projections_that_are_measured_twice(lin):
 
 
 def test_what_does_not_fit_is_refused_before_rows_are_computed(lin, monkeypatch):
-    "The prediction counts rows, Grams and what comes and goes: 8 Grams are those of the network, its free pixels, and a K."
+    "The prediction counts rows, seven Grams (six of the network, one of free pixels), and what comes and goes."
     import dip_uq.operators as operators
     n, weights, widest = lin.recon.scan.measurement.numel(), lin.weights, max(lin.sizes)
-    needed = 4 * n * weights + 8 * n * (7 * n + max(widest, 3 * n))
+    needed = 4 * n * weights + 8 * n * (7 * n + max(widest + 2 * n, 3 * n))
     def with_memory(count): monkeypatch.setattr(operators.psutil, "virtual_memory",
                                                 lambda: type("Memory", (), dict(available=count)))
     monkeypatch.setattr(Linearization, "rows", lambda *args, **options: pytest.fail("rows of AJ"))
@@ -177,3 +177,25 @@ def test_what_does_not_fit_is_refused_before_rows_are_computed(lin, monkeypatch)
     with pytest.raises(ValueError, match=f"the covariance of {n} rays and {weights} weights needs about"): Model.build(lin)
     with_memory(needed)
     require_dense(lin.convs, n)
+
+
+def test_hyperparameters_go_by_the_name_of_their_block(lin):
+    "A prior whose blocks stand in another order is the same; one of another family is refused, and so are too few numbers."
+    found = fit_evidence(Linearization(lin.recon, free_pixels=True), progress=False)
+    prior = found.prior
+    turned = replace(prior, variance=dict(reversed(prior.variance.items())), length=dict(reversed(prior.length.items())))
+    assert torch.equal(replace(found, prior=turned).covariance.matrix, found.covariance.matrix)
+    with pytest.raises(ValueError, match="prior.family: 'rbf'"): replace(found, prior=replace(prior, family="rbf")).covariance
+    one = torch.ones(1, dtype=torch.float64)
+    with pytest.raises(ValueError, match="1 and 1 values, but the model has the blocks all, free pixels"):
+        found.model.covariance(one, one, 0.1)
+
+
+def test_free_pixels_that_no_ray_meets(lin):
+    "A detector of four bins looks past the corners, and only they may move."
+    A = fan_beam(np.linspace(0, 2 * np.pi, 8, endpoint=False), (16, 16), 4, 1.5, source_origin=48, origin_detector=24)
+    recon = replace(lin.recon, scan=simulate(walnut(16), A, noise=0.05).hold_out(2))
+    corners = (A.T(torch.ones(8, 4)) == 0).float()
+    assert corners.any()
+    with pytest.raises(ValueError, match="no ray meets a pixel that may move"):
+        fit_evidence(Linearization(recon, free_pixels=corners), progress=False)

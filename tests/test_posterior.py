@@ -298,6 +298,20 @@ def test_networks_are_refused_before_the_fit(recon, message, monkeypatch):
     with pytest.raises(ValueError, match=message): solve(recon.scan, REFUSED[message](), progress=False)
 
 
+def test_the_default_network_is_made_only_after_the_arguments_are_checked(recon, monkeypatch):
+    "And leaves the random numbers of everybody else alone."
+    with pytest.raises(ValueError, match="educated=True keeps the weights of net, but net is None"):
+        solve(recon.scan, educated=True)
+    line = as_operator(torch.eye(12), domain_shape=(12,), range_shape=(12,))
+    with pytest.raises(ValueError, match=r"images have shape \(12,\)"): solve(Scan(torch.ones(12), line, noise_std=0.1))
+    counts = replace(recon.scan, measurement=recon.scan.measurement.clamp(min=0), noise_std=None, poisson=True)
+    monkeypatch.setattr("dip_uq.pipeline.reconstruct", lambda *args, **options: pytest.fail("the fit has begun"))
+    with pytest.raises(ValueError, match="the evidence needs Gaussian noise"): solve(counts)
+    before = torch.get_rng_state()
+    with pytest.raises(pytest.fail.Exception): solve(recon.scan, progress=False)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def summary_of(solution): return solution.summary()["heldout_zstd"], solution.image, solution.posterior.sample(2)
 
 
@@ -308,7 +322,8 @@ def test_results_travel_to_another_process(recon, operator):
         A, truth = blur((12, 12), 1.0), torch.rand(12, 12, generator=torch.Generator().manual_seed(0))
         scan = Scan(A(truth), A, truth, 0.01).hold_out(2)
     solution = solve(scan, UNet(2, 4), iterations=30, progress=False)
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool: found = pool.submit(summary_of, solution).result()
+    one_thread = dict(initializer=torch.set_num_threads, initargs=(1,))  # as here: the same rounding
+    with ProcessPoolExecutor(1, get_context("spawn"), **one_thread) as pool: found = pool.submit(summary_of, solution).result()
     for there, here in zip(found, summary_of(solution)): assert torch.equal(torch.as_tensor(there), torch.as_tensor(here))
     assert torch.equal(pickle.loads(pickle.dumps(solution.scan)).measurement, scan.measurement)
 
@@ -345,4 +360,4 @@ def test_std_against_laplace_torch():
     J = lin.vjp(torch.eye(256).view(-1, 16, 16)) # the order of weights is that of the network's parameters
     expected = (J @ la.posterior_covariance @ J.T).diagonal().sqrt()
     off = float((Posterior(evidence).std().flatten() / expected - 1).abs().max())
-    assert off < 1e-3
+    assert off < 2e-4  # 5e-5 where it was measured
