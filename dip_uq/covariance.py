@@ -99,8 +99,8 @@ class Model:
     def weights(self, variance: Tensor, length: Tensor) -> Tensor: # both (blocks,) → one weight for each Gram
         "σ_d² exp(−r/ℓ_d), for each distance r of each block d in turn; ValueError unless each block has both."
         if not len(variance) == len(length) == len(self.blocks):
-            raise ValueError(f"variance, length: {len(variance)} and {len(length)} values, but the model has the blocks "
-                             f"{', '.join(self.blocks)}; give both for each")
+            raise ValueError(f"variance, length: {len(variance)} and {len(length)} values, but the model has the "
+                             f"blocks {', '.join(self.blocks)}; give both for each")
         return torch.cat([tap_covariance(r, v, l) for (r, _), v, l in zip(self.grams.values(), variance, length)])
 
     def covariance(self, variance: Tensor, length: Tensor, # σ_d² and ℓ_d, both (blocks,), float64

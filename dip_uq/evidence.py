@@ -161,7 +161,7 @@ class Evidence:
     def covariance(self) -> Covariance:
         "K_yy at these hyperparameters, rays in the order of the model; ValueError for a prior of another family."
         if self.prior.family != "matern12":
-            raise ValueError(f"prior.family: {self.prior.family!r}, but the covariance of the rays is that of 'matern12'")
+            raise ValueError(f"prior.family: {self.prior.family!r}, but the covariance of rays is made for 'matern12'")
         both = self.prior.variance, self.prior.length
         variance, length = (torch.tensor([h[b] for b in self.model.blocks], dtype=torch.float64) for h in both)
         return self.model.covariance(variance, length, self.noise_std**2)

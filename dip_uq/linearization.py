@@ -53,8 +53,8 @@ def check_parameters(net: nn.Module, layers: dict[str, nn.Module]) -> None:
             if one_each and (name.rpartition(".")[2] == "bias" or is_normalisation(m)): continue
             if where not in layers or m.weight is not p:
                 raise ValueError(f"net: parameter {name!r} is neither the weight of a Conv2d or Conv3d layer nor a "
-                                 "bias nor of a normalisation, so the error bars would leave it out; make it the weight "
-                                 "of such a layer, or a buffer if it is a constant")
+                                 "bias nor of a normalisation, so the error bars would leave it out; make it the "
+                                 "weight of such a layer, or a buffer if it is a constant")
             if p in owner:
                 raise ValueError(f"net: {name!r} and {owner[p]!r} are one tensor, but only weights that are used once "
                                  "can be linearised; give each convolution weights of its own")
