@@ -48,6 +48,12 @@ class HeldOutCheck:
     coverage95: float # share of them inside their 95 % interval
     scale: float # s, multiplies the standard deviation of the image so that the mean square of the residuals is met
     scale_error: float # standard error of s where the bars are right, from the predicted correlations of the rays
+    image_share: float # of the variance that is predicted for a held-out ray; the rest is noise
+
+    @property
+    def sees(self) -> bool:
+        "Can these rays tell whether bars are honest? Not where noise takes 95 % of their variance, or s is anybody's guess."
+        return self.image_share >= 0.05 and self.scale_error <= 0.5
 
     @property
     def correction(self) -> float:
@@ -74,4 +80,4 @@ def check_held_out(evidence: Evidence) -> HeldOutCheck:
     scale = math.sqrt(surplus / predicted)
     P, identity = evidence.held_out_covariance, torch.eye(len(r), dtype=r.dtype, device=r.device)
     error = math.sqrt(2) * float(torch.linalg.matrix_norm(P + noise * identity)) / (len(r) * predicted) / 2
-    return HeldOutCheck(z_std(r, std), coverage(r, std), scale, error)
+    return HeldOutCheck(z_std(r, std), coverage(r, std), scale, error, predicted / (predicted + noise))
