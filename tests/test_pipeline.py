@@ -1,0 +1,116 @@
+"What `solve` gives for whatever can be measured: nothing may fail after the last step, and doubts are told."
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from dip_uq.data import Scan, simulate, walnut
+from dip_uq.networks import UNet
+from dip_uq.operators import as_operator, blur, downsample, fourier, mask
+from dip_uq.pipeline import doubts, overstated, solve
+from dip_uq.posterior import Posterior
+from dip_uq.rays import fan_beam, parallel_beam
+
+FILES = {"posterior.safetensors", "result.safetensors", "summary.json", "image.tif", "std.tif", "samples.npz", "report.png"}
+
+
+def random(*shape): return torch.rand(*shape, generator=torch.Generator().manual_seed(0))
+
+
+def ball(*shape):
+    x = torch.zeros(shape)
+    x[tuple(slice(n // 4, n - n // 4) for n in shape)] = 1
+    return x
+
+
+def beam(size, bins, bin_size=1.5): return parallel_beam(np.arange(40) * np.pi / 40, (size, size), bins, bin_size)
+
+
+CASES = {"mask": (mask(random(24, 24) < 0.6), walnut(24)), "blur": (blur((24, 24), 1.0), walnut(24)),
+         "coarse": (downsample((24, 24), 2), walnut(24)), "fourier": (fourier(random(24, 24) < 0.4), walnut(24)),
+         "flat sinogram": (as_operator(random(200, 576) / 24, domain_shape=(24, 24)), walnut(24)),
+         "one bin": (beam(24, 1, 30.0), walnut(24)), "two bins": (beam(24, 2, 15.0), walnut(24)),
+         "six pixels": (beam(6, 8), ball(6, 6)), "two pixels": (beam(2, 3), torch.tensor([[0.0, 1.0], [0.5, 0.2]])),
+         "volume": (mask(torch.ones(8, 8, 8, dtype=torch.bool)), ball(8, 8, 8)),
+         "thin volume": (mask(torch.ones(3, 12, 10, dtype=torch.bool)), ball(3, 12, 10))}
+
+
+def solved(A, truth, **options):
+    measured = A(truth) + 0.02 * torch.randn(A.range_shape, generator=torch.Generator().manual_seed(1))
+    net = UNet(1 if min(A.domain_shape) < 4 else 2, 4, dims=len(A.domain_shape))
+    return solve(Scan(measured, A, truth, 0.02), net, iterations=20, progress=False, **options)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_everything_can_be_saved(case, tmp_path):
+    A, truth = CASES[case]
+    solution = solved(A, truth)
+    solution.save(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == FILES
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["ssim"] is None) == (min(truth.shape) < 3)
+    assert summary["psnr"] == pytest.approx(-10 * np.log10(float((solution.image - truth).square().mean()))
+                                            + 20 * np.log10(float(truth.max() - truth.min())), abs=1e-3)
+    assert torch.equal(Posterior.load(tmp_path / "posterior.safetensors", solution.scan, progress=False).mean, solution.image)
+
+
+def test_a_picture_that_fails_costs_only_the_picture(tmp_path, monkeypatch):
+    solution = solved(beam(12, 12), ball(12, 12))
+    monkeypatch.setattr("dip_uq.pipeline.draw_report", lambda s: 1 / 0)
+    with pytest.warns(UserWarning, match="report.png could not be drawn .ZeroDivisionError"): solution.save(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == FILES - {"report.png"}
+
+
+def test_a_full_disk_costs_no_more_than_what_it_cannot_hold(tmp_path, monkeypatch):
+    solution = solved(beam(12, 12), ball(12, 12))
+    def full(path, data): raise OSError(28, "No space left on device")
+    monkeypatch.setattr("dip_uq.pipeline.write_whole", full)
+    with pytest.raises(OSError, match="No space left"): solution.save(tmp_path)
+    assert {"posterior.safetensors", "result.safetensors"} == {path.name for path in tmp_path.iterdir()}
+    monkeypatch.undo()
+    solution.save(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == FILES
+
+
+@pytest.fixture(scope="module")
+def scan():
+    A = fan_beam(np.linspace(0, 2 * np.pi, 16, endpoint=False), (24, 24), 30, 1.2, source_origin=72, origin_detector=36)
+    return simulate(walnut(24), A, noise=0.05)
+
+
+def answered(scan): return solve(scan, UNet(3, 8), iterations=400, progress=False)
+
+
+def test_no_doubt_where_all_is_right(scan): assert answered(scan).summary()["doubts"] == []
+
+
+@pytest.mark.parametrize("factor", [1 / 3, 1 / 10, 1 / 30])
+def test_noise_that_is_understated_is_told(scan, factor):
+    found = answered(replace(scan, noise_std=factor * scan.noise_std)).summary()
+    assert found["fit_rms_over_noise"] > 1.5
+    assert any(f"{found['fit_rms_over_noise']:.1f} times noise_std" in doubt for doubt in found["doubts"])
+
+
+@pytest.mark.parametrize("factor", [10, 30])
+def test_noise_that_is_overstated_is_told_and_not_believed(scan, factor):
+    loud = replace(scan, noise_std=factor * scan.noise_std)
+    found, unknown = answered(loud), answered(replace(scan, noise_std=None))
+    assert "so it cannot be right" in found.doubts[0] and found.doubts[0] in doubts(loud)
+    assert torch.equal(found.image, unknown.image) and torch.equal(found.std, unknown.std)
+
+
+def test_noise_is_not_called_overstated_by_chance():
+    "A thousand scans of nothing but noise, of a hundred readings each, told as it is: four standard errors and a quarter."
+    A = mask(torch.ones(1, 102, dtype=torch.bool))
+    draws = torch.randn(1000, 102, generator=torch.Generator().manual_seed(0))
+    assert not any(overstated(Scan(y, A, noise_std=1.0)) for y in draws)
+    assert all(overstated(Scan(y, A, noise_std=4.0)) for y in draws)
+
+
+def test_a_check_that_sees_nothing_says_so(scan):
+    "With noise as large as the signal the rays cannot tell anything about the image."
+    noisy = simulate(scan.truth, scan.operator, noise=5.0, seed=1)
+    solution = answered(noisy)
+    assert not solution.check.sees and "so these are untested" in " ".join(solution.doubts)
