@@ -16,11 +16,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
-from skimage.transform import downscale_local_mean
+from skimage.transform import downscale_local_mean, iradon
 
 from dip_uq.data import Scan, simulate
 from dip_uq.operators import MatrixOperator, adjoint_error, as_operator, blur, cgls, downsample, fourier, mask
-from dip_uq.rays import fan_beam, fbp, parallel_beam, ray_matrix
+from dip_uq.rays import _angle_shares, _counts, fan_beam, fbp, parallel_beam, ray_matrix
 
 coordinate = st.floats(-8, 8, allow_nan=False) | st.integers(-8, 8).map(float) | st.sampled_from([1e-12, -1e-12, 0.])
 sizes = st.floats(.25, 3) | st.just(1.)
@@ -235,6 +235,86 @@ def test_astra_fbp():
     astra.algorithm.run(astra.algorithm.create(settings_))
     theirs, ours = astra.data2d.get(out), fbp(A, sinogram).numpy()
     assert np.linalg.norm(ours - theirs) < .03 * np.linalg.norm(theirs)
+
+
+SHORT = np.pi + 2 * np.arctan(95 * 1.6 / 2 / 180)  # half a turn and the angle of the fan of `fan_of`
+
+
+def parallel_of(angles): return parallel_beam(angles, (64, 64), 95)
+def fan_of(angles): return fan_beam(angles, (64, 64), 95, 1.6, 120., 60.)
+
+
+def spread(seed, kind):
+    "So many angles, in units of a half or full turn, as scans may have them."
+    rng = np.random.default_rng(seed)
+    return {"random": lambda: rng.uniform(0, 1, 100),
+            "clustered": lambda: np.concatenate([c + rng.normal(0, .01, 40) for c in np.arange(6) / 6 + .05]),
+            "dense and sparse": lambda: np.append(np.arange(0, .5, .01), np.arange(.5, 1, .05)),
+            "repeats": lambda: np.repeat(np.arange(60) / 60, rng.integers(1, 5, 60)),
+            "two turns": lambda: np.arange(90) / 45 + .01,
+            "two turns, shuffled": lambda: rng.permutation(np.arange(90) / 45),
+            "both ends": lambda: np.linspace(0, 1, 61),
+            "gaps": lambda: np.delete(np.arange(90) / 90, [4, 5, 30, 60, 61])}[kind]()
+
+
+def disc_amplitude(A):
+    "FBP of a disc of value 1 from its exact chords: mean and scatter well inside."
+    g, (cx, cy), radius = A.geometry, (4., -6.), 20.
+    starts, ends = g.rays(200.)
+    way = (ends - starts) / np.linalg.norm(ends - starts, axis=-1, keepdims=True)
+    aside = (cx - starts[..., 0]) * way[..., 1] - (cy - starts[..., 1]) * way[..., 0]
+    x = fbp(A, torch.tensor(2 * np.sqrt((radius**2 - aside**2).clip(0))))
+    c = np.arange(64) - 31.5
+    inner = x[torch.tensor((c - cx)**2 + (-c[:, None] - cy)**2 < 14**2)]
+    return float(inner.mean()), float(inner.std())
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("kind", ["random", "clustered", "dense and sparse", "repeats", "two turns",
+                                  "two turns, shuffled", "both ends", "gaps"])
+def test_fbp_keeps_the_amplitude_for_any_angles(kind, seed):
+    for beam, turn in (parallel_of, np.pi), (fan_of, 2 * np.pi):
+        assert abs(disc_amplitude(beam(spread(seed, kind) * turn))[0] - 1) < .02
+
+
+@pytest.mark.parametrize("start", [0, 45, 100, 222, 359])
+@pytest.mark.parametrize("arc", [SHORT, 1.3 * np.pi, 1.6 * np.pi, 1.95 * np.pi])
+def test_fbp_keeps_the_amplitude_for_fans_that_turn_less_than_once(start, arc):
+    even = np.deg2rad(start) + np.arange(120) / 120 * arc
+    uneven = np.deg2rad(start) + np.random.default_rng(start).uniform(0, arc, 160)
+    shuffled = np.random.default_rng(0).permutation(even)
+    for angles, scatter in (even, .02), (even[::-1], .02), (shuffled, .02), (uneven, .2):
+        mean, std = disc_amplitude(fan_of(angles))
+        assert abs(mean - 1) < .02 and std < scatter
+    shares, way, covered = _angle_shares(even, 2 * np.pi)
+    counted = shares @ _counts(fan_of(even).geometry, way, covered)
+    assert abs(covered - arc) < 1e-9
+    assert np.abs(counted + counted[::-1] - 2 * np.pi).max() < .02  # a line's two readings lie in opposite bins
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.lists(st.integers(0, 3599), min_size=1, max_size=25), st.integers(0, 1000), st.booleans())
+def test_fbp_knows_no_order_of_projections(tenths, seed, fan):
+    "Nor, for parallel rays, which of its two ends a line is seen from."
+    angles, rng = np.deg2rad(np.array(tenths) / 10), np.random.default_rng(seed)
+    def beam(a): return fan_beam(a, (16, 16), 23, 1.5, 30., 20.) if fan else parallel_beam(a, (16, 16), 23)
+    y, order = torch.tensor(rng.normal(size=(len(angles), 23))), rng.permutation(len(angles))
+    image = fbp(beam(angles), y)
+    assert (fbp(beam(angles[order]), y[order]) - image).abs().max() < 1e-9
+    if fan: return
+    turned = torch.tensor(rng.random(len(angles)) < .5)
+    other = torch.where(turned[:, None], y.flip(1), y)
+    assert (fbp(beam(angles + np.pi * turned.numpy()), other) - image).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("count", [30, 61, 180])
+def test_fbp_of_even_angles_is_scikit_images(count):
+    A = parallel_beam(np.arange(count) * np.pi / count, (33, 33), 33)
+    y = torch.tensor(np.random.default_rng(0).normal(size=(count, 33)))
+    c = np.arange(33) - 16
+    circle = c**2 + c[:, None]**2 < 15**2
+    theirs = iradon(y.T.numpy(), theta=np.rad2deg(A.angles), filter_name="ramp", circle=True)
+    assert np.abs(theirs - fbp(A, y).numpy())[circle].max() < 1e-12
 
 
 def test_pylops_operator():
