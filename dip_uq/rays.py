@@ -35,8 +35,23 @@ def _clip(start, way, shape):
     return np.where(last > first, (first, last), 0)
 
 
+def _beside(start, end):
+    "Every ray that runs along edges of pixels as copies half a pixel to either side; which ray each copy is of."
+    ray = np.arange(len(start))
+    for a in range(start.shape[1]):
+        edge = np.round(start[:, a])
+        along = np.maximum(np.abs(start[:, a] - edge), np.abs(end[:, a] - edge)) < 1e-9
+        if not along.any(): continue
+        copy = np.repeat(np.arange(len(ray)), 1 + along)
+        side = np.where(np.diff(copy, prepend=-1) > 0, -.5, .5)
+        start, end, ray, edge, along = start[copy], end[copy], ray[copy], edge[copy], along[copy]
+        start[along, a] = end[along, a] = (edge + side)[along]  # the length in each pixel is the same there
+    return start, end, ray
+
+
 def _trace(start, end, shape):
     "Rays (n, dim) in pixel units -> pixels met by each ray, their flat indices, the lengths in them."
+    rays, (start, end, whose) = len(start), _beside(start, end)
     way = end - start
     first, last = _clip(start, way, shape)
     step = np.where(way == 0, np.inf, way)
@@ -44,18 +59,20 @@ def _trace(start, end, shape):
     t = np.sort(np.clip(np.concatenate(crossings, 1), first[:, None], last[:, None]), 1)
     length = np.diff(t) * np.linalg.norm(way, axis=1)[:, None]
     keep = length > 1e-9
-    ray = np.nonzero(keep)[0]
-    middle = start[ray] + ((t[:, 1:] + t[:, :-1])[keep] / 2)[:, None] * way[ray]
+    copy = np.nonzero(keep)[0]
+    middle = start[copy] + ((t[:, 1:] + t[:, :-1])[keep] / 2)[:, None] * way[copy]
     pixel = np.clip(np.floor(middle + 1e-9).astype(int), 0, np.array(shape) - 1)
-    return keep.sum(1), np.ravel_multi_index(tuple(pixel.T), shape), length[keep]
+    share = 1 / np.bincount(whose)[whose]
+    counts = np.bincount(whose[copy], minlength=rays)
+    return counts, np.ravel_multi_index(tuple(pixel.T), shape), length[keep] * share[copy]
 
 # %% ../nbs/03_rays.ipynb #d83fc7db
 def _matrix_bytes(start, end, shape):
     "Memory of the ray matrix, from at most 10,000 of its rays."
-    sample = slice(None, None, -(-len(start) // 10_000))
-    way = end[sample] - start[sample]
-    first, last = _clip(start[sample], way, shape)
-    crossed = 1 + (np.abs(way).sum(1) * (last - first)).mean()
+    step = -(-len(start) // 10_000)
+    some, ends, ray = _beside(start[::step], end[::step])
+    first, last = _clip(some, ends - some, shape)
+    crossed = (1 + np.abs(ends - some).sum(1) * (last - first)).sum() / (ray[-1] + 1)
     return 32 * crossed * len(start)  # matrix and transpose: 8-byte value, 4-byte index, 4-byte copy of the value
 
 # %% ../nbs/03_rays.ipynb #b6ea3178
