@@ -35,8 +35,23 @@ def _clip(start, way, shape):
     return np.where(last > first, (first, last), 0)
 
 
+def _beside(start, end):
+    "Every ray that runs along edges of pixels as copies half a pixel to either side; which ray each copy is of."
+    ray = np.arange(len(start))
+    for a in range(start.shape[1]):
+        edge = np.round(start[:, a])
+        along = np.maximum(np.abs(start[:, a] - edge), np.abs(end[:, a] - edge)) < 1e-9
+        if not along.any(): continue
+        copy = np.repeat(np.arange(len(ray)), 1 + along)
+        side = np.where(np.diff(copy, prepend=-1) > 0, -.5, .5)
+        start, end, ray, edge, along = start[copy], end[copy], ray[copy], edge[copy], along[copy]
+        start[along, a] = end[along, a] = (edge + side)[along]  # the length in each pixel is the same there
+    return start, end, ray
+
+
 def _trace(start, end, shape):
     "Rays (n, dim) in pixel units -> pixels met by each ray, their flat indices, the lengths in them."
+    rays, (start, end, whose) = len(start), _beside(start, end)
     way = end - start
     first, last = _clip(start, way, shape)
     step = np.where(way == 0, np.inf, way)
@@ -44,18 +59,20 @@ def _trace(start, end, shape):
     t = np.sort(np.clip(np.concatenate(crossings, 1), first[:, None], last[:, None]), 1)
     length = np.diff(t) * np.linalg.norm(way, axis=1)[:, None]
     keep = length > 1e-9
-    ray = np.nonzero(keep)[0]
-    middle = start[ray] + ((t[:, 1:] + t[:, :-1])[keep] / 2)[:, None] * way[ray]
+    copy = np.nonzero(keep)[0]
+    middle = start[copy] + ((t[:, 1:] + t[:, :-1])[keep] / 2)[:, None] * way[copy]
     pixel = np.clip(np.floor(middle + 1e-9).astype(int), 0, np.array(shape) - 1)
-    return keep.sum(1), np.ravel_multi_index(tuple(pixel.T), shape), length[keep]
+    share = 1 / np.bincount(whose)[whose]
+    counts = np.bincount(whose[copy], minlength=rays)
+    return counts, np.ravel_multi_index(tuple(pixel.T), shape), length[keep] * share[copy]
 
 # %% ../nbs/03_rays.ipynb #d83fc7db
 def _matrix_bytes(start, end, shape):
     "Memory of the ray matrix, from at most 10,000 of its rays."
-    sample = slice(None, None, -(-len(start) // 10_000))
-    way = end[sample] - start[sample]
-    first, last = _clip(start[sample], way, shape)
-    crossed = 1 + (np.abs(way).sum(1) * (last - first)).mean()
+    step = -(-len(start) // 10_000)
+    some, ends, ray = _beside(start[::step], end[::step])
+    first, last = _clip(some, ends - some, shape)
+    crossed = (1 + np.abs(ends - some).sum(1) * (last - first)).sum() / (ray[-1] + 1)
     return 32 * crossed * len(start)  # matrix and transpose: 8-byte value, 4-byte index, 4-byte copy of the value
 
 # %% ../nbs/03_rays.ipynb #b6ea3178
@@ -221,14 +238,35 @@ def field_of_view(A: LinearOperator) -> torch.Tensor:  # domain_shape, bool
 
 # %% ../nbs/03_rays.ipynb #d816a5b7
 def _angle_shares(angles, period):
-    "(n,) how much of `period` (radians) each angle stands for."
-    turned = np.mod(angles, period)
-    order = np.argsort(turned)
-    gaps = np.diff(turned[order], append=turned[order[0]] + period)
-    gaps = np.minimum(gaps, 2 * np.median(gaps[gaps > 1e-9]))  # a wide unmeasured wedge is nobody's share
-    shares = np.empty(len(angles))
-    shares[order] = (gaps + np.roll(gaps, 1)) / 2
-    return shares
+    """How much of `period` each angle stands for, its way from the start of the measured arc, the length of that arc.
+
+    `period` itself where the angles go all the way round; all in radians.
+    """
+    turned = np.sort(np.mod(angles, period))
+    widest = np.diff(turned, append=turned[0] + period).argmax()
+    way = np.mod(angles - turned[(widest + 1) % len(turned)] + 1e-6, period)  # the widest gap comes last
+    order = np.argsort(way)
+    first = np.diff(way[order], prepend=-1) > 1e-6  # of the repeats of a direction
+    which, places = np.empty(len(way), int), way[order][first]
+    which[order] = np.cumsum(first) - 1
+    gaps = np.diff(places, append=places[0] + period)
+    limited = len(gaps) > 1 and gaps[-1] > 3.5 * gaps[:-1].max() + 1e-6
+    before = np.roll(gaps, 1)
+    if limited: before[0], gaps[-1] = gaps[0], gaps[-2]  # the ends reach outwards as far as inwards
+    shares = (before + gaps) / 2
+    arc = min(shares.sum(), period)
+    return (shares / np.bincount(which))[which], way - places[0] + before[0] / 2, arc
+
+
+def _counts(g, way, arc):
+    "(angles, bins), or 1 for either: how much each reading counts among those of its line, after `_angle_shares`."
+    if not g.fan: return np.ones((1, 1))
+    if arc > 2 * np.pi - 1e-6: return np.full((1, 1), .5)  # a full turn sees every line twice
+    spare, tilt = (arc - np.pi) / 2, np.arctan2(g.offsets * g.shrink, g.source_origin)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        rise = np.where(spare + tilt > 0, way[:, None] / (2 * (spare + tilt)), 1)
+        fall = np.where(spare - tilt > 0, (arc - way[:, None]) / (2 * (spare - tilt)), 1)
+    return np.sin(np.pi / 2 * rise.clip(0, 1))**2 * np.sin(np.pi / 2 * fall.clip(0, 1))**2
 
 
 def _ramp(y, spacing, window):
@@ -258,19 +296,19 @@ def fbp(
     y: torch.Tensor,  # (..., angles, bins) line integrals
     window: str = "ram-lak"  # "ram-lak", or "hann" for less noise and less detail
 ) -> torch.Tensor:  # (..., H, W), in units of y per length
-    """Filtered back-projection, for angles spread over a half turn (parallel) or a full turn (fan).
+    """Filtered back-projection for any angles, each weighted by its gaps; what was not measured counts as zero.
 
-    Source: Kak and Slaney, Principles of Computerized Tomographic Imaging, chapter 3.
+    Sources: Kak and Slaney, Principles of Computerized Tomographic Imaging, chapter 3; for a fan that turns less than
+    once Parker, Medical Physics 9:254, 1982.
     """
     if not isinstance(A, RayTransform):
         raise TypeError(f"A is a {type(A).__name__}, but fbp needs a RayTransform: use cgls(A, y, 10) instead")
     if window not in ("ram-lak", "hann"): raise ValueError(f'window={window!r}: choose "ram-lak" or "hann"')
     _check_measurement(A, y)
     g = A.geometry
-    offsets, shares = g.offsets * g.shrink, _angle_shares(g.angles, 2 * np.pi if g.fan else np.pi)
-    if g.fan:
-        y = y * torch.as_tensor(g.source_origin / np.hypot(g.source_origin, offsets)).to(y)
-        shares = shares / 2  # a full turn sees every ray twice
-    filtered = _ramp(y, g.bin_size * g.shrink, window)
+    shares, way, arc = _angle_shares(g.angles, 2 * np.pi if g.fan else np.pi)
+    counts = _counts(g, way, arc)
+    if g.fan: counts = counts * g.source_origin / np.hypot(g.source_origin, g.offsets * g.shrink)
+    filtered = _ramp(y * torch.as_tensor(counts).to(y), g.bin_size * g.shrink, window)
     return sum(share * _smear(filtered[..., k, :], g, angle, A.domain_shape)
                for k, (angle, share) in enumerate(zip(g.angles, shares)))

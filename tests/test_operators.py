@@ -16,11 +16,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
-from skimage.transform import downscale_local_mean
+from skimage.transform import downscale_local_mean, iradon
 
 from dip_uq.data import Scan, simulate
 from dip_uq.operators import MatrixOperator, adjoint_error, as_operator, blur, cgls, downsample, fourier, mask
-from dip_uq.rays import fan_beam, fbp, parallel_beam, ray_matrix
+from dip_uq.rays import _angle_shares, _counts, fan_beam, fbp, parallel_beam, ray_matrix
 
 coordinate = st.floats(-8, 8, allow_nan=False) | st.integers(-8, 8).map(float) | st.sampled_from([1e-12, -1e-12, 0.])
 sizes = st.floats(.25, 3) | st.just(1.)
@@ -52,14 +52,14 @@ def test_row_sums_are_the_length_inside_the_box(data):
     assert inner - rounding <= row.sum() <= outer + rounding
     assert row.nnz == 0 or row.data.min() > 0
     assert row.nnz == 0 or row.data.max() <= pixel * dim**.5 + rounding
-    assert row.nnz <= sum(shape)
+    assert row.nnz <= sum(shape) * 2**(dim - 1)  # along edges a ray belongs to two or four pixels
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.tuples(coordinate, coordinate), st.tuples(coordinate, coordinate))
 def test_a_ray_has_no_direction(start, end):
     there, back = ray_matrix([start], [end], (6, 7)), ray_matrix([end], [start], (6, 7))
-    # rays within rounding of a grid line may fall on either side of it: their sums agree, their pixels need not
+    # rays close to a grid line may fall on either side of it by rounding: their sums agree, their pixels need not
     assert abs(there.sum() - back.sum()) < 1e-7
     distance = min(abs(np.subtract(start, end)))
     if distance > 1e-3: assert abs(there - back).max() < 1e-8
@@ -124,6 +124,61 @@ def test_astra(name):
         assert np.abs(ours - exact).max() < 1e-10  # float64 rounding of t, times the ray's length
 
 
+quarter_scans = st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 12), st.sampled_from([.5, 1., 1.5, 2.]),
+                          st.booleans())
+
+
+def quarter_scan(height, width, bins, bin_size, fan):
+    "All four quarter turns of a scanner whose rays may run along edges, and an image."
+    angles, image = np.arange(4) * np.pi / 2, np.random.default_rng(0).random((height, width))
+    def beam(shape):
+        scan = angles, shape, bins, bin_size
+        return fan_beam(*scan, 30., 20.) if fan else parallel_beam(*scan)
+    return beam, torch.tensor(image)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(quarter_scans)
+def test_image_and_scanner_turn_and_are_mirrored_together(scan):
+    beam, x = quarter_scan(*scan)
+    y, turned = beam(x.shape)(x), torch.rot90(x)
+    assert (beam(turned.shape)(turned)[[1, 2, 3, 0]] - y).abs().max() < 1e-6
+    mirrored = beam(x.shape)(x.flip(1))  # left and right: the bins of 0° and 180°, the turn of 90° and 270°
+    assert (mirrored[[0, 3, 2, 1]] - y.flip(1)).abs().max() < 1e-6
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 5), st.sampled_from([1., .5, .25]))
+def test_a_row_of_the_detector_keeps_the_mass(height, width, more, bin_size):
+    "Where bins divide pixels, on their edges (odd bins, even image) or between them; the detector is wide enough."
+    A = parallel_beam(np.arange(4) * np.pi / 2, (height, width), int(9 / bin_size) + 2 + more, bin_size)
+    x = random_image((height, width))
+    assert (A(torch.tensor(x)).sum(1) * bin_size - x.sum()).abs().max() < 1e-10
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.data())
+def test_rays_along_edges_are_the_mean_of_those_beside_them(data):
+    "Of two in an image, of two or four in a volume; also at the rim, where those outside are empty."
+    shape = tuple(data.draw(st.lists(st.integers(1, 5), min_size=2, max_size=3)))
+    dim, half = len(shape), np.array(shape[::-1]) / 2
+    along = data.draw(st.lists(st.booleans(), min_size=dim, max_size=dim).filter(lambda a: any(a) and not all(a)))
+    start, end = (np.array(data.draw(st.tuples(*[st.floats(-6, 6)] * dim))) for _ in range(2))
+    for a in np.flatnonzero(along): start[a] = end[a] = data.draw(st.integers(0, int(2 * half[a]))) - half[a]
+    free = ~np.array(along)
+    if np.abs(start - end)[free].min() < 1e-2: return
+    signs = np.array(np.meshgrid(*[[-1e-7, 1e-7] if a else [0.] for a in along])).reshape(dim, -1).T
+    beside = ray_matrix(start + signs, end + signs, shape).toarray().mean(0)
+    assert np.abs(ray_matrix([start], [end], shape).toarray()[0] - beside).max() < 1e-6
+
+
+def test_astra_gives_edges_to_one_side():
+    "ASTRA's line kernel knows the same lengths, but decides for one neighbour; ours is the mean with its mirror image."
+    A = parallel_beam([0.], (6, 6), 7)
+    theirs = astra_matrix(A.geometry, (6, 6)).toarray().reshape(7, 6, 6)
+    assert np.abs((theirs + theirs[::-1, :, ::-1]) / 2 - A.matrix.toarray().reshape(7, 6, 6)).max() < 1e-6
+
+
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.lists(st.floats(0, 6.3), min_size=1, max_size=3), st.integers(1, 9), st.integers(1, 7), sizes, st.booleans())
 def test_a_bin_is_the_mean_of_the_bins_of_a_finer_detector(angles, bins, k, bin_size, fan):
@@ -131,7 +186,7 @@ def test_a_bin_is_the_mean_of_the_bins_of_a_finer_detector(angles, bins, k, bin_
     A = beam(angles, (5, 6), bins, bin_size, rays_per_bin=k)
     fine = beam(angles, (5, 6), bins * k, bin_size / k).matrix.toarray()
     assert A.range_shape == (len(angles), bins) and A[[0]].geometry.rays_per_bin == k
-    assert np.abs(A.matrix.toarray() - fine.reshape(-1, k, 30).mean(1)).max() < 1e-6  # rays along a pixel's edge apart
+    assert np.abs(A.matrix.toarray() - fine.reshape(-1, k, 30).mean(1)).max() < 1e-6
     assert adjoint_error(A, torch.float64) < 1e-13
 
 
@@ -235,6 +290,86 @@ def test_astra_fbp():
     astra.algorithm.run(astra.algorithm.create(settings_))
     theirs, ours = astra.data2d.get(out), fbp(A, sinogram).numpy()
     assert np.linalg.norm(ours - theirs) < .03 * np.linalg.norm(theirs)
+
+
+SHORT = np.pi + 2 * np.arctan(95 * 1.6 / 2 / 180)  # half a turn and the angle of the fan of `fan_of`
+
+
+def parallel_of(angles): return parallel_beam(angles, (64, 64), 95)
+def fan_of(angles): return fan_beam(angles, (64, 64), 95, 1.6, 120., 60.)
+
+
+def spread(seed, kind):
+    "So many angles, in units of a half or full turn, as scans may have them."
+    rng = np.random.default_rng(seed)
+    return {"random": lambda: rng.uniform(0, 1, 100),
+            "clustered": lambda: np.concatenate([c + rng.normal(0, .01, 40) for c in np.arange(6) / 6 + .05]),
+            "dense and sparse": lambda: np.append(np.arange(0, .5, .01), np.arange(.5, 1, .05)),
+            "repeats": lambda: np.repeat(np.arange(60) / 60, rng.integers(1, 5, 60)),
+            "two turns": lambda: np.arange(90) / 45 + .01,
+            "two turns, shuffled": lambda: rng.permutation(np.arange(90) / 45),
+            "both ends": lambda: np.linspace(0, 1, 61),
+            "gaps": lambda: np.delete(np.arange(90) / 90, [4, 5, 30, 60, 61])}[kind]()
+
+
+def disc_amplitude(A):
+    "FBP of a disc of value 1 from its exact chords: mean and scatter well inside."
+    g, (cx, cy), radius = A.geometry, (4., -6.), 20.
+    starts, ends = g.rays(200.)
+    way = (ends - starts) / np.linalg.norm(ends - starts, axis=-1, keepdims=True)
+    aside = (cx - starts[..., 0]) * way[..., 1] - (cy - starts[..., 1]) * way[..., 0]
+    x = fbp(A, torch.tensor(2 * np.sqrt((radius**2 - aside**2).clip(0))))
+    c = np.arange(64) - 31.5
+    inner = x[torch.tensor((c - cx)**2 + (-c[:, None] - cy)**2 < 14**2)]
+    return float(inner.mean()), float(inner.std())
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("kind", ["random", "clustered", "dense and sparse", "repeats", "two turns",
+                                  "two turns, shuffled", "both ends", "gaps"])
+def test_fbp_keeps_the_amplitude_for_any_angles(kind, seed):
+    for beam, turn in (parallel_of, np.pi), (fan_of, 2 * np.pi):
+        assert abs(disc_amplitude(beam(spread(seed, kind) * turn))[0] - 1) < .02
+
+
+@pytest.mark.parametrize("start", [0, 45, 100, 222, 359])
+@pytest.mark.parametrize("arc", [SHORT, 1.3 * np.pi, 1.6 * np.pi, 1.95 * np.pi])
+def test_fbp_keeps_the_amplitude_for_fans_that_turn_less_than_once(start, arc):
+    even = np.deg2rad(start) + np.arange(120) / 120 * arc
+    uneven = np.deg2rad(start) + np.random.default_rng(start).uniform(0, arc, 160)
+    shuffled = np.random.default_rng(0).permutation(even)
+    for angles, scatter in (even, .02), (even[::-1], .02), (shuffled, .02), (uneven, .2):
+        mean, std = disc_amplitude(fan_of(angles))
+        assert abs(mean - 1) < .02 and std < scatter
+    shares, way, covered = _angle_shares(even, 2 * np.pi)
+    counted = shares @ _counts(fan_of(even).geometry, way, covered)
+    assert abs(covered - arc) < 1e-9
+    assert np.abs(counted + counted[::-1] - 2 * np.pi).max() < .02  # a line's two readings lie in opposite bins
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.lists(st.integers(0, 3599), min_size=1, max_size=25), st.integers(0, 1000), st.booleans())
+def test_fbp_knows_no_order_of_projections(tenths, seed, fan):
+    "Nor, for parallel rays, which of its two ends a line is seen from."
+    angles, rng = np.deg2rad(np.array(tenths) / 10), np.random.default_rng(seed)
+    def beam(a): return fan_beam(a, (16, 16), 23, 1.5, 30., 20.) if fan else parallel_beam(a, (16, 16), 23)
+    y, order = torch.tensor(rng.normal(size=(len(angles), 23))), rng.permutation(len(angles))
+    image = fbp(beam(angles), y)
+    assert (fbp(beam(angles[order]), y[order]) - image).abs().max() < 1e-9
+    if fan: return
+    turned = torch.tensor(rng.random(len(angles)) < .5)
+    other = torch.where(turned[:, None], y.flip(1), y)
+    assert (fbp(beam(angles + np.pi * turned.numpy()), other) - image).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("count", [30, 61, 180])
+def test_fbp_of_even_angles_is_scikit_images(count):
+    A = parallel_beam(np.arange(count) * np.pi / count, (33, 33), 33)
+    y = torch.tensor(np.random.default_rng(0).normal(size=(count, 33)))
+    c = np.arange(33) - 16
+    circle = c**2 + c[:, None]**2 < 15**2
+    theirs = iradon(y.T.numpy(), theta=np.rad2deg(A.angles), filter_name="ramp", circle=True)
+    assert np.abs(theirs - fbp(A, y).numpy())[circle].max() < 1e-12
 
 
 def test_pylops_operator():
