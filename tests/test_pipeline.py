@@ -8,7 +8,7 @@ import torch
 
 from dip_uq.data import Scan, simulate, walnut
 from dip_uq.networks import UNet
-from dip_uq.operators import as_operator, blur, downsample, fourier, mask
+from dip_uq.operators import as_operator, blur, mask
 from dip_uq.pipeline import doubts, overstated, solve
 from dip_uq.posterior import Posterior
 from dip_uq.rays import fan_beam, parallel_beam
@@ -29,9 +29,8 @@ def beam(size, bins, bin_size=1.5): return parallel_beam(np.arange(40) * np.pi /
 
 
 CASES = {"mask": (mask(random(24, 24) < 0.6), walnut(24)), "blur": (blur((24, 24), 1.0), walnut(24)),
-         "coarse": (downsample((24, 24), 2), walnut(24)), "fourier": (fourier(random(24, 24) < 0.4), walnut(24)),
          "flat sinogram": (as_operator(random(200, 576) / 24, domain_shape=(24, 24)), walnut(24)),
-         "one bin": (beam(24, 1, 30.0), walnut(24)), "two bins": (beam(24, 2, 15.0), walnut(24)),
+         "one bin": (beam(24, 1, 30.0), walnut(24)),
          "six pixels": (beam(6, 8), ball(6, 6)), "two pixels": (beam(2, 3), torch.tensor([[0.0, 1.0], [0.5, 0.2]])),
          "volume": (mask(torch.ones(8, 8, 8, dtype=torch.bool)), ball(8, 8, 8)),
          "thin volume": (mask(torch.ones(3, 12, 10, dtype=torch.bool)), ball(3, 12, 10))}
@@ -80,22 +79,21 @@ def scan():
     return simulate(walnut(24), A, noise=0.05)
 
 
-def answered(scan): return solve(scan, UNet(3, 8), iterations=400, progress=False)
+def answered(scan): return solve(scan, UNet(3, 8), iterations=300, progress=False)
 
 
 def test_no_doubt_where_all_is_right(scan): assert answered(scan).summary()["doubts"] == []
 
 
-@pytest.mark.parametrize("factor", [1 / 3, 1 / 10, 1 / 30])
+@pytest.mark.parametrize("factor", [1 / 3, 1 / 30])
 def test_noise_that_is_understated_is_told(scan, factor):
     found = answered(replace(scan, noise_std=factor * scan.noise_std)).summary()
     assert found["fit_rms_over_noise"] > 1.5
     assert any(f"{found['fit_rms_over_noise']:.1f} times noise_std" in doubt for doubt in found["doubts"])
 
 
-@pytest.mark.parametrize("factor", [10, 30])
-def test_noise_that_is_overstated_is_told_and_not_believed(scan, factor):
-    loud = replace(scan, noise_std=factor * scan.noise_std)
+def test_noise_that_is_overstated_is_told_and_not_believed(scan):
+    loud = replace(scan, noise_std=30 * scan.noise_std)
     found, unknown = answered(loud), answered(replace(scan, noise_std=None))
     assert "so it cannot be right" in found.doubts[0] and found.doubts[0] in doubts(loud)
     assert torch.equal(found.image, unknown.image) and torch.equal(found.std, unknown.std)
