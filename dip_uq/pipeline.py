@@ -35,7 +35,7 @@ from .calibration import HeldOutCheck, check_held_out, coverage, held_out_errors
 from .covariance import require_dense
 from .data import Scan
 from .dip import Reconstruction, check_arguments, psnr, reconstruct
-from .evidence import fit_evidence, fitted_noise, require_gaussian
+from .evidence import BELIEVED, fit_evidence, fitted_noise, require_gaussian
 from .files import save_tensors, write_whole
 from .linearization import Linearization, check_network, convolutions
 from .networks import UNet, seeded
@@ -119,7 +119,7 @@ class Solution:
         "What may be wrong with this result, in words: `doubts` of the scan, then those of the fit and its check."
         check, fit = self.check, self.fit_rms_over_noise or 0.0
         found = {f"the fit misses the rays that it saw by {fit:.1f} times noise_std; is noise_std too small, the fit "
-                 "unfinished, a bin dead? The error bars take noise_std at its word": fit > 1.5,
+                 "unfinished, a bin dead? What it leaves is taken for noise": fit > BELIEVED,
                  f"the held-out rays are {check.z_std:.1f} times as far off as predicted; do operator and noise_std "
                  "describe this scan? Look at angles, lengths and the centre of rotation": not 0.6 < check.z_std < 2,
                  f"the held-out rays cannot tell whether the error bars are honest, since {1 - check.image_share:.0%} of "
