@@ -148,6 +148,7 @@ def check_bars(scan: Scan, net: nn.Module) -> None:
     check_network(net, scan.measurement.new_zeros(1, channels, *scan.operator.domain_shape))
     require_dense(convolutions(net), scan.measurement.numel(), scan.measurement.element_size(), scan.measurement.device)
 
+@torch.inference_mode(False) # fit and evidence need gradients, wherever this is called
 def solve(scan: Scan, # what was measured
           net: nn.Module | None = None, # `UNet()` by default
           samples: int | None = None, # for the standard deviation; 0: exact; None: exact up to 10⁴ pixels, 512 beyond
