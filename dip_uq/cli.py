@@ -166,7 +166,8 @@ def in_one_line(error: Exception) -> str:
     "What `error` says, with its kind where the words alone would not tell."
     text = " ".join(line.strip() for line in str(error).splitlines())
     if isinstance(error, MemoryError):
-        return f"out of memory{f' ({text})' if text else ''}; take a smaller --size, fewer --angles or a smaller network"
+        details = f" ({text})" if text else ""
+        return f"out of memory{details}; take a smaller --size, fewer --angles or a smaller network"
     return text if text and not isinstance(error, AssertionError) else f"{type(error).__name__} {text}".strip()
 
 def check_device(name: str) -> None:
@@ -178,7 +179,7 @@ def check_device(name: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     "Run the command line; 0 when it did what was asked, 2 when the input was at fault."
-    for stream in sys.stdout, sys.stderr:  # ASCII, say, has no ² and no λ: a question mark is better than no message
+    for stream in sys.stdout, sys.stderr:  # ASCII, say, has no ² and no λ: a question mark is better than a failure
         if isinstance(stream, io.TextIOWrapper): stream.reconfigure(errors="replace")
     args = parser().parse_args(argv)
     if args.command == "info":
@@ -193,4 +194,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 # %% ../nbs/26_cli.ipynb #c58dd5cb
-if __name__ == "__main__" and __package__: sys.exit(main())  # python -m dip_uq.cli; in a notebook there is no package
+if __name__ == "__main__" and __package__: sys.exit(main())  # python -m dip_uq.cli; notebooks have no package
