@@ -200,8 +200,8 @@ class Scan:
         saved, mine = (v.double().cpu() for v in (fingerprint, self.fingerprint()))
         error = float((mine - saved).norm() / saved.norm().clamp_min(1e-300)) if mine.shape == saved.shape else math.inf
         if not error < 1e-4:
-            raise ValueError(f"{source} was made with another operator of this shape: their measurements of a test image "
-                             f"differ by {error:.2g} of its norm; pass a scan with the same operator")
+            raise ValueError(f"{source} was made with another operator of this shape: their measurements of a test "
+                             f"image differ by {error:.2g} of its norm; pass a scan with the same operator")
 
     @property
     def training(self) -> "Scan":

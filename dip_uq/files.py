@@ -55,5 +55,5 @@ def _check_plain(name: str, value: Any) -> None:
     meaning = {"units": hasattr(value, "units"), "a unit": hasattr(value, "unit"), # pint, astropy
                "coordinates": hasattr(value, "coords") and hasattr(value, "dims")} # xarray
     for what in (k for k, found in meaning.items() if found):
-        raise TypeError(f"{name} is a {type(value).__name__} with {what}, which would be lost: convert it to the unit and "
-                        f"order of axes that are documented for {name}, and pass its numbers alone, as a plain array")
+        raise TypeError(f"{name} is a {type(value).__name__} with {what}, which would be lost: convert it to the unit "
+                        f"and order of axes that are documented for {name}, and pass its numbers as a plain array")

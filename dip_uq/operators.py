@@ -307,9 +307,9 @@ def _tested(A, dtype=torch.float32, device="cpu"):
         x = torch.randint(-4, 5, given, generator=draw).to(device, dtype)  # whole numbers: no precision rounds them
         found = tuple((y := B._forward(x).detach()).shape)
         if found != expected: raise ValueError(f"{name} maps a batch of shape {given} to {found}, expected {expected}")
-        change = (B(x[0] - x[1]) - y[0] + y[1]).norm() / y.norm().clamp_min(torch.finfo(dtype).tiny)
-        if not change < 1e-3: raise ValueError(f"{name} is not linear: {name}(x) - {name}(y) and {name}(x - y) differ by "
-                                               f"{change:.1e} of the norms: leave out offsets, clamps and powers")
+        bend = (B(x[0] - x[1]) - y[0] + y[1]).norm() / y.norm().clamp_min(torch.finfo(dtype).tiny)
+        if not bend < 1e-3: raise ValueError(f"{name} is not linear: {name}(x) - {name}(y) and {name}(x - y) differ by "
+                                             f"{bend:.1e} of the norms: leave out offsets, clamps and powers")
     error, limit = adjoint_error(A, dtype, device), torch.finfo(dtype).eps**.5
     if not error < limit:
         raise ValueError(f"the adjoint does not match: <Ax, y> and <x, A.T y> differ by {error:.1e} of the norms, more "

@@ -65,8 +65,8 @@ def _read_npz(path: Path) -> dict:
 def _check_known(fields: Mapping, where: str) -> None:
     "Raises ValueError for a field that `load_scan` would not read, since it may be one of another name."
     for key in sorted(fields.keys() - set(_FIELDS)):
-        near = [f", did you mean {known!r}?" for known in get_close_matches(key, _FIELDS, 1, 0.5)]
-        raise ValueError(f"{where}: unknown field {key!r}{''.join(near) or '.'} Rename it or leave it out; the fields are "
+        near = [f", did you mean {known!r}" for known in get_close_matches(key, _FIELDS, 1, 0.5)]
+        raise ValueError(f"{where}: unknown field {key!r}{''.join(near)}; rename it or leave it out. The fields are "
                          f"{', '.join(_FIELDS)}")
 
 _FIELDS = ("measurement", "angles", "geometry", "bin_size", "pixel_size", "size", "source_origin", "origin_detector",
@@ -142,9 +142,9 @@ def load_scan(path: str | Path,  # .npz in the documented layout, or htc2022_…
 
     Layout of .npz: `measurement` (angles, bins), line integrals, `angles` in degrees, `geometry` "parallel" or "fan",
     `bin_size`, `pixel_size`, `size`; for "fan" also `source_origin` and `origin_detector`; optional
-    `rays_per_bin`, `truth` (size, size), `noise_std`, `held_out`, `unit`, `name`; no others. Where bins are averaged, so are the
-    operator's rays, and `noise_std` is divided by the square root of their number; `held_out` counts the stored
-    projections, so it is left out when `angles` is given.
+    `rays_per_bin`, `truth` (size, size), `noise_std`, `held_out`, `unit`, `name`; no others. Where bins are
+    averaged, so are the operator's rays, and `noise_std` is divided by the square root of their number; `held_out`
+    counts the stored projections, so it is left out when `angles` is given.
     """
     path = _open(path)
     if path.suffix.lower() == ".npz": return _scan_from(_read_npz(path), str(path), angles, size, bins)
