@@ -52,7 +52,7 @@ class HeldOutCheck:
 
     @property
     def sees(self) -> bool:
-        "Can these rays tell whether bars are honest? Not where noise takes 95 % of their variance, or s is anybody's guess."
+        "Can these rays tell whether bars are honest? Not if 95 % of their variance is noise, or s is anybody's guess."
         return self.image_share >= 0.05 and self.scale_error <= 0.5
 
     @property

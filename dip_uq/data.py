@@ -6,10 +6,12 @@
 __all__ = ['shepp_logan', 'ellipses', 'rectangles', 'walnut', 'Scan', 'gaussian_noise', 'poisson_noise', 'simulate']
 
 # %% ../nbs/04_data.ipynb #ea215972
+import math
 import operator as op
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +19,7 @@ from numpy.typing import ArrayLike
 from skimage.data import shepp_logan_phantom
 from skimage.transform import resize_local_mean
 
+from .files import _check_plain
 from .operators import LinearOperator
 from .rays import RayTransform
 
@@ -27,6 +30,7 @@ def _real(name: str,  # what the value is called in messages
           dtype: torch.dtype | None = None,  # None: float64 tensors stay, all else becomes float32
          ) -> torch.Tensor:  # on the device of `value`
     "`value` as a finite real tensor, or a TypeError or ValueError that says what is wrong with it."
+    _check_plain(name, value)
     dtype = dtype or (torch.float64 if getattr(value, "dtype", None) == torch.float64 else torch.float32)
     try: value = value if torch.is_tensor(value) else np.asarray(value)
     except ValueError as error: raise ValueError(f"{name} is not a rectangular array: {error}") from error
@@ -58,7 +62,9 @@ def _whole(name: str, value: int, low: int = 1, high: int | None = None) -> int:
 
 def _positive(name: str, value: float, zero: bool = False) -> float:
     "`value` as a finite float above zero (or zero itself, where `zero`), or a clear error."
-    number = float(_real(name, value, (), torch.float64))
+    numbers = _real(name, value, None, torch.float64)
+    if numbers.numel() > 1: _check_shape(name, tuple(numbers.shape), ())
+    number = float(numbers)
     if number < 0 or (number == 0 and not zero):
         raise ValueError(f"{name}={number:g} is out of range: it must be {'zero or more' if zero else 'positive'}")
     return number
@@ -162,8 +168,8 @@ class Scan:
         if not isinstance(self.operator, LinearOperator):
             raise TypeError(f"operator is a {type(self.operator).__name__}; wrap it by dip_uq.operators.as_operator")
         put = partial(object.__setattr__, self)  # the only way to assign to a frozen dataclass
-        put("measurement", _real("measurement", self.measurement, self.operator.range_shape))
-        if self.truth is not None: put("truth", _real("truth", self.truth, self.operator.domain_shape))
+        put("measurement", _real("measurement", self.measurement, self.operator.range_shape).detach())
+        if self.truth is not None: put("truth", _real("truth", self.truth, self.operator.domain_shape).detach())
         if self.noise_std is not None: put("noise_std", _positive("noise_std", self.noise_std, zero=True))
         if self.pixel_size is not None: put("pixel_size", _positive("pixel_size", self.pixel_size))
         if self.poisson: _check_counts(self.measurement, self.noise_std)
@@ -182,6 +188,20 @@ class Scan:
         "The same scan with its tensors on `device`; operators follow the device of what they are given."
         truth = None if self.truth is None else self.truth.to(device)
         return replace(self, measurement=self.measurement.to(device), truth=truth)
+
+    def fingerprint(self) -> torch.Tensor:  # of the operator's range_shape
+        "What the operator makes of one fixed random image: another operator makes something else of it."
+        image = torch.rand(self.operator.domain_shape, generator=torch.Generator().manual_seed(0))
+        return self.operator(image.to(self.measurement)).detach()
+
+    def check_operator(self, fingerprint: torch.Tensor | None, source: str) -> None:
+        "Raise ValueError unless the operator has, up to rounding, this `fingerprint`; None is that of older files."
+        if fingerprint is None: return
+        saved, mine = (v.double().cpu() for v in (fingerprint, self.fingerprint()))
+        error = float((mine - saved).norm() / saved.norm().clamp_min(1e-300)) if mine.shape == saved.shape else math.inf
+        if not error < 1e-4:
+            raise ValueError(f"{source} was made with another operator of this shape: their measurements of a test "
+                             f"image differ by {error:.2g} of its norm; pass a scan with the same operator")
 
     @property
     def training(self) -> "Scan":
@@ -214,14 +234,25 @@ def _drawn(count: int, n: int) -> tuple[int, ...]:
     edges = np.arange(n + 1) * count // max(n, 1)
     return tuple(np.random.default_rng(0).integers(edges[:-1], edges[1:]).tolist())
 
+def _check_peak(measurement: torch.Tensor, peak: float) -> None:
+    "Raises ValueError where least squares found no image of this `peak`, or where squares of readings would be 0."
+    largest = float(measurement.abs().max())
+    if largest == 0:
+        raise ValueError("scan.measurement: all rays to be fitted are zero, so there is no image to scale; check that "
+                         "the measurement is log-transformed attenuation and not empty")
+    if not 0 < peak < math.inf or largest < torch.finfo(measurement.dtype).tiny**0.5:
+        raise ValueError(f"scan.measurement: its readings reach {largest:.3g}, too far from 1 to be fitted in "
+                         f"{measurement.dtype}, and the operator may be, too; give both in another unit")
+
 def _check_counts(measurement: torch.Tensor, noise_std: float | None) -> None:
     if noise_std is not None: raise ValueError(f"noise_std={noise_std}: counts (poisson=True) have none; leave it None")
     if measurement.min() < 0:
         raise ValueError(f"measurement has a reading of {measurement.min():.3g}, but poisson=True says that readings "
                          "are counts; pass the counts, not their logarithm")
 
-def _check_held_out(held_out: Iterable[int], count: int) -> tuple[int, ...]:
+def _check_held_out(held_out: Any, count: int) -> tuple[int, ...]:
     "Sorted positions, or an error: they must be different, below `count`, and leave something to fit."
+    if getattr(held_out, "ndim", None) == 0: held_out = np.atleast_1d(held_out)  # one number, as files keep it
     if not isinstance(held_out, Iterable): raise TypeError(f"held_out={held_out!r} is no list of projections")
     held_out = tuple(sorted(_whole("held_out", i, 0, count - 1) for i in held_out))
     if len(set(held_out)) < len(held_out): raise ValueError(f"held_out={held_out} names a projection twice")

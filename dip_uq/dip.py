@@ -26,7 +26,7 @@ from IPython.display import display
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .data import Scan, _positive, _real, _whole
+from .data import Scan, _check_peak, _positive, _real, _whole
 from .files import load_tensors, named, save_tensors
 from .networks import NETWORKS, UNet, fresh, seeded
 from .operators import blur, cgls
@@ -56,9 +56,7 @@ def first_guess(scan: Scan, # only the readings that may be fitted are used
     A, y = fitted.operator, fitted.measurement
     rough = cgls(A, y, 10)
     typical, peak = float(rough.abs().quantile(0.99)), float(rough.abs().max())
-    if not peak > 0:
-        raise ValueError("scan.measurement: all rays to be fitted are zero, so there is no image to scale; check that "
-                         "the measurement is log-transformed attenuation and not empty")
+    _check_peak(y, peak)
     scale = typical if peak < 2 * typical else peak
     if isinstance(start, Tensor): return (_real("start", start, rough.shape).to(rough) / scale)[None, None], scale
     if start not in STARTS: raise ValueError(f"start: {start!r} is unknown; choose one of {', '.join(STARTS)}")
@@ -183,7 +181,8 @@ class Reconstruction:
 
     def parts(self) -> tuple[dict[str, Tensor], dict]:
         "What `save` writes: tensors, and the rest."
-        tensors = {"image": self.image, "z": self.z, "measurement": self.scan.measurement}
+        tensors = {"image": self.image, "z": self.z, "measurement": self.scan.measurement,
+                   "fingerprint": self.scan.fingerprint()}
         tensors |= {f"net.{k}": v for k, v in self.net.state_dict().items()}
         tensors |= {f"history.{k}": torch.from_numpy(v) for k, v in self.history.items()}
         return tensors, dict(scale=self.scale, settings=self.settings, held_out=list(self.scan.held_out),
@@ -204,6 +203,7 @@ class Reconstruction:
         if "network" not in about: raise ValueError(f"path: {str(path)!r} holds no Reconstruction; pass a file that "
                                                     "Reconstruction.save wrote")
         check_same_scan(scan, tensors["measurement"], tensors["image"], path)
+        scan.check_operator(tensors.get("fingerprint"), f"scan: {path}")
         history = {k: v.numpy() for k, v in named(tensors, "history.").items()}
         tensors = {k: v.to(scan.measurement.device) for k, v in tensors.items()}
         net = revive(net, named(tensors, "net."), *about["network"])
@@ -289,9 +289,11 @@ def keep_state(run: Run, path: str | Path, scan: Scan, z: Tensor, settings: dict
                              "repeat its arguments, scan and network, or name another file")
         if not torch.equal(tensors["z"], z.cpu()) or not torch.equal(tensors["measurement"], scan.measurement.cpu()):
             raise ValueError(f"resume: {str(path)!r} holds the state of a run on another scan; name another file")
+        scan.check_operator(tensors.get("fingerprint"), f"resume: {str(path)!r}")
         restore_run(run, {k: v.to(z.device) for k, v in tensors.items()}, about)
+    known = dict(z=z, measurement=scan.measurement, fingerprint=scan.fingerprint())
     def save(run):
-        save_tensors(path, run_tensors(run) | dict(z=z, measurement=scan.measurement), mine | dict(
+        save_tensors(path, run_tensors(run) | known, mine | dict(
             groups=run.optimizer.state_dict()["param_groups"], schedule=run.schedule.state_dict(),
             iteration=run.iteration, chosen=run.chosen, lowest=run.lowest, usual=run.usual))
     return every(STATE_SECONDS, save)
@@ -353,6 +355,7 @@ def check_arguments(scan: Scan, net: nn.Module | None, stop: str, progress: bool
         raise ValueError("stop: 'heldout' needs at least 2 projections, and the scan has 1; stop by 'fixed'")
 
 # %% ../nbs/07_dip.ipynb #52defbbc
+@torch.inference_mode(False) # the fit needs gradients, wherever it is called
 def reconstruct(scan: Scan, # what was measured; its truth, if any, is only scored
                 net: nn.Module | None = None, # (1, 1, *image) → (1, 1, *image); a `UNet` of the image's dimension
                 tv: float | None = None, # γ, the weight of |x|_TV, x in units of the scale; None: `tv_for_noise`

@@ -8,8 +8,11 @@ __all__ = ['write_whole', 'save_tensors', 'load_tensors', 'named']
 # %% ../nbs/00_files.ipynb #5b2fb5c5
 import json
 import os
+from numbers import Real
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -39,3 +42,18 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:
 def named(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     "Those tensors whose names begin with `prefix`, without it."
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+# %% ../nbs/00_files.ipynb #8929fe08
+def _check_plain(name: str, value: Any) -> None:
+    "Raises TypeError for arrays, also in lists, that are more than numbers: masked, with units, with coordinates."
+    if isinstance(value, (list, tuple)):
+        for part in value:
+            if not isinstance(part, Real): _check_plain(name, part)
+    if np.ma.is_masked(value) or hasattr(value, "get_mask"): # of NumPy, of torch
+        raise TypeError(f"{name} is masked, but missing readings are not supported yet: leave these readings out, with "
+                        "their rows of the operator, or fill them")
+    meaning = {"units": hasattr(value, "units"), "a unit": hasattr(value, "unit"), # pint, astropy
+               "coordinates": hasattr(value, "coords") and hasattr(value, "dims")} # xarray
+    for what in (k for k, found in meaning.items() if found):
+        raise TypeError(f"{name} is a {type(value).__name__} with {what}, which would be lost: convert it to the unit "
+                        f"and order of axes that are documented for {name}, and pass its numbers as a plain array")

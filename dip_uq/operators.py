@@ -14,6 +14,8 @@ import psutil
 import scipy.sparse as sp
 import torch
 
+from .files import _check_plain
+
 # %% auto #0
 __all__ = ['LinearOperator', 'adjoint_error', 'MatrixOperator', 'require_memory', 'blur', 'mask', 'downsample', 'fourier',
            'as_operator', 'cgls']
@@ -126,12 +128,13 @@ def adjoint_error(A: LinearOperator,
                   device: torch.device | str = "cpu",
                   seed: int = 0  # of the random vectors
                  ) -> float:  # 0 for an exact adjoint
-    "|<Ax, y> - <x, A.T y>| / max(|Ax| |y|, |x| |A.T y|) for x and y with random entries between 0 and 1."
+    "|<Ax, y> - <x, A.T y>| / max(|Ax| |y|, |x| |A.T y|) for random x, y in [0, 1], or for -x, -y where that is more."
     draw = torch.Generator().manual_seed(seed)
     x, y = (torch.rand(s, generator=draw, dtype=dtype).to(device) for s in (A.domain_shape, A.range_shape))
-    ax, aty = A(x), A.T(y)
-    size = max(ax.norm() * y.norm(), x.norm() * aty.norm())
-    return float(((ax * y).sum() - (x * aty).sum()).abs() / size) if size > 0 else 0.
+    x, y = torch.stack([x, -x]), torch.stack([y, -y])
+    x, ax, y, aty = (v.flatten(1) for v in (x, A(x), y, A.T(y)))
+    size = (ax.norm(dim=1) * y.norm(dim=1)).maximum(x.norm(dim=1) * aty.norm(dim=1))
+    return float((((ax * y).sum(1) - (x * aty).sum(1)).abs() / size.clamp_min(torch.finfo(dtype).tiny)).max())
 
 # %% ../nbs/02_operators.ipynb #ce5fffcd
 class MatrixOperator(LinearOperator):
@@ -162,6 +165,7 @@ class MatrixOperator(LinearOperator):
 # %% ../nbs/02_operators.ipynb #6a12c77c
 def _check_matrix(matrix, domain_shape, range_shape):
     "`matrix` as real CSR; raises TypeError if it is complex, ValueError for a wrong shape or NaN."
+    _check_plain("matrix", matrix)
     expected = (math.prod(range_shape), math.prod(domain_shape))
     if matrix.shape != expected:
         raise ValueError(f"matrix has shape {matrix.shape}, but range_shape={range_shape} and "
@@ -229,6 +233,7 @@ def _same(x): return x
 
 def _check_keep(keep) -> np.ndarray:
     "`keep` as an array; raises TypeError if it is not boolean, ValueError where it keeps nothing or is no image."
+    _check_plain("keep", keep)
     keep = keep.cpu().numpy() if isinstance(keep, torch.Tensor) else np.asarray(keep)
     if keep.dtype != bool: raise TypeError(f"keep has dtype {keep.dtype}, expected bool: pass keep != 0")
     if keep.ndim not in (2, 3) or not keep.any():
@@ -295,11 +300,16 @@ def as_operator(thing,  # matrix, SciPy LinearOperator (ASTRA, PyLops), object w
     return A
 
 def _tested(A, dtype=torch.float32, device="cpu"):
-    "`A`; raises ValueError where its functions lose the batch or are not adjoint to each other."
+    "`A`; raises ValueError where its functions lose the batch, are not linear, or not adjoint to each other."
+    draw = torch.Generator().manual_seed(0)
     for name, B in (("forward", A), ("adjoint", A.T)):
         given, expected = (2, *B.domain_shape), (2, *B.range_shape)
-        found = tuple(B._forward(torch.zeros(given, dtype=dtype, device=device)).shape)
+        x = torch.randint(-4, 5, given, generator=draw).to(device, dtype)  # whole numbers: no precision rounds them
+        found = tuple((y := B._forward(x).detach()).shape)
         if found != expected: raise ValueError(f"{name} maps a batch of shape {given} to {found}, expected {expected}")
+        bend = (B(x[0] - x[1]) - y[0] + y[1]).norm() / y.norm().clamp_min(torch.finfo(dtype).tiny)
+        if not bend < 1e-3: raise ValueError(f"{name} is not linear: {name}(x) - {name}(y) and {name}(x - y) differ by "
+                                             f"{bend:.1e} of the norms: leave out offsets, clamps and powers")
     error, limit = adjoint_error(A, dtype, device), torch.finfo(dtype).eps**.5
     if not error < limit:
         raise ValueError(f"the adjoint does not match: <Ax, y> and <x, A.T y> differ by {error:.1e} of the norms, more "

@@ -60,8 +60,8 @@ def doubts(scan: Scan) -> list[str]:
              "the readings are negative in the mean; is the minus of −log(I/I₀) missing?": mean < 0,
              f"the detector is {wide:.4g} times as wide as the shadow of the image; are bin_size, pixel_size and "
              "distances in one unit?": not 0.2 < wide < 5,
-             f"{(repeats := twins(A))} of the projections are along the lines of another; held-out ones among them are no "
-             "test of the fit, which may stop too late and be given wrong error bars": repeats > 0}
+             f"{(repeats := twins(A))} of the projections are along the lines of another; held-out ones among them are "
+             "no test of the fit, which may stop too late and be given wrong error bars": repeats > 0}
     return loud + [question for question, asked in found.items() if asked]
 
 def overstated(scan: Scan) -> float:
@@ -122,8 +122,8 @@ class Solution:
                  "unfinished, a bin dead? What it leaves is taken for noise": fit > BELIEVED,
                  f"the held-out rays are {check.z_std:.1f} times as far off as predicted; do operator and noise_std "
                  "describe this scan? Look at angles, lengths and the centre of rotation": not 0.6 < check.z_std < 2,
-                 f"the held-out rays cannot tell whether the error bars are honest, since {1 - check.image_share:.0%} of "
-                 "their variance is noise; so these are untested": not check.sees}
+                 "the held-out rays cannot tell whether the error bars are honest, so these are untested: "
+                 f"{1 - check.image_share:.0%} of the rays' variance is noise": not check.sees}
         return doubts(self.scan) + [doubt for doubt, told in found.items() if told]
 
     def summary(self) -> dict:
@@ -183,8 +183,8 @@ class Solution:
         return draw_report(self)
 
     def save(self, folder: str | Path) -> None:
-        """Write posterior.safetensors (see `Posterior.load`), result.safetensors (image, std, raw_std), summary.json, and
-        for other programs image.tif, std.tif, samples.npz (16 posterior images) and report.png to `folder`.
+        """Write to `folder` posterior.safetensors (see `Posterior.load`), result.safetensors (image, std, raw_std),
+        summary.json, and for other programs image.tif, std.tif, samples.npz (16 posterior images) and report.png.
 
         Each file appears whole or not at all, the picture last; one that cannot be drawn is a warning.
         """
@@ -226,6 +226,7 @@ def check_bars(scan: Scan, net: nn.Module) -> None:
     check_network(net, scan.measurement.new_zeros(1, channels, *scan.operator.domain_shape))
     require_dense(convolutions(net), scan.measurement.numel(), scan.measurement.element_size(), scan.measurement.device)
 
+@torch.inference_mode(False) # fit and evidence need gradients, wherever this is called
 def solve(scan: Scan, # what was measured
           net: nn.Module | None = None, # `UNet()` by default
           samples: int | None = None, # for the standard deviation; 0: exact; None: exact up to 10⁴ pixels, 512 beyond
@@ -287,7 +288,7 @@ def draw_report(s: Solution) -> Figure:
     return fig
 
 def sections(x: Tensor) -> Tensor: # (H, W), or (D, H, W) → (H + D, W + D)
-    "An image as it is; of a volume its middle sections: across the first axis, below it the second, beside it the third."
+    "An image as it is; of a volume its middle sections across the first axis, the second (below) and the third (beside)."
     if x.ndim == 2: return x
     (D, H, W), page = x.shape, x.new_full((x.shape[1] + len(x), x.shape[2] + len(x)), torch.nan)
     page[:H, :W], page[H:, :W], page[:H, W:] = x[D // 2], x[:, H // 2], x[:, :, W // 2].T

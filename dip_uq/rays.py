@@ -13,6 +13,7 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 
+from .files import _check_plain
 from .operators import (LinearOperator, MatrixOperator, _check_measurement, _check_positive, _check_shape,
                               require_memory)
 
@@ -107,6 +108,7 @@ def _check_points(rays):
 
 def _check_rays(starts, ends, shape):
     "Both as float arrays (rays, dim); raises ValueError where they do not fit."
+    for name, points in (("starts", starts), ("ends", ends)): _check_plain(name, points)
     starts, ends = np.broadcast_arrays(np.asarray(starts, float), np.asarray(ends, float))
     _check_points(starts.size // starts.shape[-1] if starts.size else 0)
     if len(shape) not in (2, 3) or starts.size == 0 or starts.shape[-1] != len(shape):
@@ -129,6 +131,7 @@ class Geometry:
     rays_per_bin: int = 1  # spread evenly over its width; a reading is their mean
 
     def __post_init__(self):
+        _check_plain("angles", self.angles)
         angles = np.atleast_1d(np.asarray(self.angles, float))
         if angles.ndim != 1 or angles.size == 0 or not np.isfinite(angles).all():
             raise ValueError(f"angles={self.angles!r}: expected one row of at least one finite number, in radians")

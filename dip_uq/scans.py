@@ -12,6 +12,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Mapping
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,16 @@ def _read_npz(path: Path) -> dict:
     except Exception as error:  # a damaged archive can fail in many ways
         raise ValueError(f"{path} cannot be read as .npz: {error}; write plain arrays by numpy.savez") from error
 
+def _check_known(fields: Mapping, where: str) -> None:
+    "Raises ValueError for a field that `load_scan` would not read, since it may be one of another name."
+    for key in sorted(fields.keys() - set(_FIELDS)):
+        near = [f", did you mean {known!r}" for known in get_close_matches(key, _FIELDS, 1, 0.5)]
+        raise ValueError(f"{where}: unknown field {key!r}{''.join(near)}; rename it or leave it out. The fields are "
+                         f"{', '.join(_FIELDS)}")
+
+_FIELDS = ("measurement", "angles", "geometry", "bin_size", "pixel_size", "size", "source_origin", "origin_detector",
+           "rays_per_bin", "truth", "noise_std", "held_out", "unit", "name")
+
 def _field(fields: Mapping, key: str, where: str) -> Any:
     if not isinstance(fields, Mapping) or key not in fields:
         raise ValueError(f"{where} has no {key!r}; help(load_scan) and `dip-uq reconstruct --help` list what is needed")
@@ -72,6 +83,7 @@ _BEAMS = {"parallel": (parallel_beam, ()), "fan": (fan_beam, ("source_origin", "
 def _scan_from(fields: Mapping, where: str, angles: int | None = None, size: int | None = None,
                bins: int | None = None) -> Scan:
     "The scan that `fields` (see `load_scan`) describe, thinned out to `angles`, `bins` and `size`."
+    _check_known(fields, where)
     number = partial(_number, fields, where)
     y, degrees = _sinogram(_field(fields, "measurement", where), _field(fields, "angles", where), where)
     index = np.arange(n := _whole("angles", len(y) if angles is None else angles, 1, len(y))) * len(y) // n
@@ -130,9 +142,9 @@ def load_scan(path: str | Path,  # .npz in the documented layout, or htc2022_…
 
     Layout of .npz: `measurement` (angles, bins), line integrals, `angles` in degrees, `geometry` "parallel" or "fan",
     `bin_size`, `pixel_size`, `size`; for "fan" also `source_origin` and `origin_detector`; optional
-    `rays_per_bin`, `truth` (size, size), `noise_std`, `held_out`, `unit`, `name`. Where bins are averaged, so are the
-    operator's rays, and `noise_std` is divided by the square root of their number; `held_out` counts the stored
-    projections, so it is left out when `angles` is given.
+    `rays_per_bin`, `truth` (size, size), `noise_std`, `held_out`, `unit`, `name`; no others. Where bins are
+    averaged, so are the operator's rays, and `noise_std` is divided by the square root of their number; `held_out`
+    counts the stored projections, so it is left out when `angles` is given.
     """
     path = _open(path)
     if path.suffix.lower() == ".npz": return _scan_from(_read_npz(path), str(path), angles, size, bins)

@@ -18,7 +18,7 @@ from skimage.transform import resize_local_mean
 
 import dip_uq.scans as scans
 from dip_uq.data import Scan, ellipses, gaussian_noise, poisson_noise, rectangles, shepp_logan, simulate, walnut
-from dip_uq.operators import as_operator
+from dip_uq.operators import MatrixOperator, as_operator, mask
 from dip_uq.rays import fan_beam, parallel_beam
 from dip_uq.scans import load_htc2022, load_scan, save_scan
 
@@ -153,6 +153,70 @@ def test_rays_without_photons_are_finite():
     assert torch.equal(noisy, torch.full((100,), float(np.log(10)))) and std.isfinite().all()
 
 
+# More than numbers: a mask, a unit, coordinates
+
+MASKED = np.ma.masked_greater(Y.numpy(), float(Y.max()) / 2)
+
+
+class Metres(np.ndarray): unit = "m"  # like astropy's
+
+
+class Pint:
+    "Like pint's: wraps an array, and lets numpy take it out."
+    units = "degree"
+    def __array__(self, *args, **kwargs): return np.arange(12.) * 30
+
+
+class Labelled:
+    "Like xarray's."
+    dims, coords = ("angle", "bin"), {"angle": [0.]}
+    def __array__(self, *args, **kwargs): return Y.numpy()
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda: Scan(MASKED, A), "measurement is masked"), (lambda: Scan(list(MASKED), A), "measurement is masked"),
+    (lambda: Scan(Y, A, noise_std=np.ma.masked), "noise_std is masked"),
+    (lambda: Scan(Y, A, np.ma.masked_less(np.eye(16), 1)), "truth is masked"),
+    (lambda: simulate(np.ma.masked_less(np.eye(16), 1), A), "truth is masked"),
+    (lambda: gaussian_noise(MASKED), "clean is masked"), (lambda: poisson_noise(MASKED), "clean is masked"),
+    (lambda: parallel_beam(np.ma.array([0, 1.], mask=[0, 1]), (4, 4), 5), "angles is masked"),
+    (lambda: as_operator(np.ma.masked_less(np.eye(16), 1)), "matrix is masked"),
+    (lambda: MatrixOperator(np.ma.masked_less(np.eye(16), 1), (4, 4), (16,)), "matrix is masked"),
+    (lambda: mask(np.ma.array(np.ones((4, 4), bool), mask=np.eye(4))), "keep is masked"),
+    (lambda: Scan(Y.numpy().view(Metres), A), "measurement is a Metres with a unit, which would be lost"),
+    (lambda: as_operator(np.eye(16).view(Metres)), "matrix is a Metres with a unit"),
+    (lambda: parallel_beam(Pint(), (4, 4), 5), "angles is a Pint with units, which would be lost"),
+    (lambda: Scan(Labelled(), A), "measurement is a Labelled with coordinates, which would be lost")])
+def test_more_than_numbers_is_refused(call, message):
+    with pytest.raises(TypeError) as error: call()
+    assert message in str(error.value) and ("leave these readings out" in str(error.value)) == ("masked" in message)
+
+
+def test_arrays_that_are_numbers_alone_are_read(tmp_path):
+    "Also those in which nothing is masked, and files of numbers that are mapped into memory."
+    np.save(tmp_path / "y.npy", Y.numpy())
+    for array in np.ma.array(Y.numpy()), np.load(tmp_path / "y.npy", mmap_mode="r"), np.matrix(Y.numpy()):
+        assert torch.equal(Scan(array, A).measurement, Y)
+
+
+# Numbers in other clothes
+
+def test_one_number_in_an_array_is_a_number(npz, tmp_path):
+    "And one held-out projection is a list of one, as MATLAB writes them."
+    scan = Scan(Y, A, noise_std=torch.tensor([[0.5]]), pixel_size=[1.5], held_out=np.array(3))
+    assert (scan.noise_std, scan.pixel_size, scan.held_out) == (0.5, 1.5, (3,))
+    np.savez(tmp_path / "scan.npz", **dict(np.load(npz)) | dict(held_out=3, pixel_size=[[1.]], noise_std=[0.1]))
+    scan = load_scan(tmp_path / "scan.npz")
+    assert (scan.noise_std, scan.pixel_size, scan.held_out) == (0.1, 1, (3,))
+    with pytest.raises(TypeError, match="held_out must be a whole number"): Scan(Y, A, held_out=np.array(3.5))
+
+
+def test_measurements_have_no_gradient():
+    "They are what was measured; what made them is not part of the fit."
+    scan = Scan(Y.clone().requires_grad_() * 1, A, torch.zeros(16, 16, requires_grad=True))
+    assert not scan.measurement.requires_grad and not scan.truth.requires_grad and torch.equal(scan.measurement, Y)
+
+
 # Files: .npz
 
 @pytest.fixture(scope="module")
@@ -201,6 +265,10 @@ BAD_NPZ = {f"no {key}": ({key: None}, f"has no {key!r}") for key in REQUIRED} | 
     size_fraction=(dict(size=16.5), "size must be a whole number"),
     truth=(dict(truth=np.zeros((15, 16))), "truth has shape (15, 16), but (16, 16)"),
     noise=(dict(noise_std=-1), "noise_std=-1 is out of range"),
+    unknown=(dict(noise=0.1), "unknown field 'noise', did you mean 'noise_std';"),
+    unknown_too=(dict(detector_offset=1., comment="x"), "unknown field 'comment'"),
+    spelling=(dict(rays_per_bins=2), "unknown field 'rays_per_bins', did you mean 'rays_per_bin';"),
+    held_out_scalar=(dict(held_out=12), "held_out=12 is out of range: choose 0 to 11"),
     held_out=(dict(held_out=[12]), "held_out=12 is out of range: choose 0 to 11"),
     pickled=(dict(truth=np.array([{}])), "cannot be read as .npz: Object arrays cannot be loaded"),
 )

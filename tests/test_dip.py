@@ -299,6 +299,50 @@ def test_round_trip(saved):
     assert [p.name for p in path.parent.iterdir()] == [path.name]  # nothing half-written beside it
 
 
+def test_another_operator_of_the_same_shape(tmp_path, monkeypatch):
+    "It is refused, with how far it is from the one that was used, by files and by states; rounding is not."
+    monkeypatch.setattr(dip, "STATE_SECONDS", 0.0)
+    fit(RAYS, start="noise", resume=tmp_path / "state").save(tmp_path / "recon")
+    A = RAYS.operator
+    turned = fan_beam(A.angles + 0.01, SHAPE, A.geometry.bins, A.geometry.bin_size, A.geometry.source_origin,
+                      A.geometry.origin_detector, A.geometry.pixel_size)
+    for other in (turned, LinearOperator(A.domain_shape, A.range_shape, lambda x: 1.001 * A(x), lambda y: 1.001 * A.T(y))):
+        scan = replace(RAYS, operator=other)
+        with pytest.raises(ValueError, match="scan: .*recon was made with another operator of this shape.*differ by 0.*pass"):
+            Reconstruction.load(tmp_path / "recon", scan)
+    with pytest.raises(ValueError, match="resume: .*state' was made with another operator"):
+        fit(replace(RAYS, operator=turned), start="noise", resume=tmp_path / "state")
+    same = LinearOperator(A.domain_shape, A.range_shape, lambda x: A(x) * (1 + 1e-6), A.T)
+    Reconstruction.load(tmp_path / "recon", replace(RAYS, operator=same, measurement=RAYS.measurement.double()))
+    tensors, about = load_tensors(tmp_path / "recon")
+    del tensors["fingerprint"]  # as files were before there were fingerprints
+    save_tensors(tmp_path / "old", tensors, about)
+    Reconstruction.load(tmp_path / "old", RAYS)
+
+
+def test_fits_where_gradients_are_off():
+    "And of tensors that were made there."
+    for context in torch.no_grad, torch.inference_mode:
+        with context():
+            scan = replace(RAYS, measurement=RAYS.measurement.clone(), truth=RAYS.truth.clone())
+            assert_same(fit(scan), fit(RAYS))
+        assert_same(fit(scan), fit(RAYS))
+    assert_same(fit(replace(RAYS, measurement=RAYS.measurement.clone().requires_grad_() * 1)), fit(RAYS))
+
+
+@pytest.mark.parametrize("factor, message", [(1e20, "readings reach .*e.*, too far from 1"), (1e-22, "too far from 1"),
+                                             (0, "all rays to be fitted are zero")])
+def test_readings_that_float32_cannot_square(factor, message):
+    with pytest.raises(ValueError, match=f"^scan.measurement: .*{message}"): fit(replace(RAYS, measurement=factor * RAYS.measurement))
+
+
+@pytest.mark.parametrize("factor", [2.0**-60, 2.0**48])
+def test_units_do_not_matter(factor):
+    "Powers of two do not even change the rounding."
+    scaled = replace(RAYS, measurement=factor * RAYS.measurement, truth=factor * RAYS.truth, noise_std=factor * RAYS.noise_std)
+    assert torch.equal(fit(scaled).image, factor * fit(RAYS).image)
+
+
 def test_other_networks_are_passed(tmp_path):
     class Small(UNet): pass
     recon = fit(RAYS, Small(2, 4))

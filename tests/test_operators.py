@@ -3,6 +3,7 @@ speed."""
 
 import os
 import pickle
+import re
 from concurrent.futures import ProcessPoolExecutor
 from fractions import Fraction
 from multiprocessing import get_context
@@ -19,7 +20,8 @@ from scipy.ndimage import gaussian_filter
 from skimage.transform import downscale_local_mean, iradon
 
 from dip_uq.data import Scan, simulate
-from dip_uq.operators import MatrixOperator, adjoint_error, as_operator, blur, cgls, downsample, fourier, mask
+from dip_uq.operators import (LinearOperator, MatrixOperator, adjoint_error, as_operator, blur, cgls, downsample, fourier,
+                              mask)
 from dip_uq.rays import _angle_shares, _counts, fan_beam, fbp, parallel_beam, ray_matrix
 
 coordinate = st.floats(-8, 8, allow_nan=False) | st.integers(-8, 8).map(float) | st.sampled_from([1e-12, -1e-12, 0.])
@@ -477,3 +479,33 @@ def test_cgls_stays_where_it_has_converged(dtype, limit):
     y = torch.rand(20, 60, 17, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     minimum = torch.tensor(np.linalg.lstsq(A.matrix.toarray(), y.flatten(1).T.numpy())[0]).T.reshape(20, 12, 12)
     assert (cgls(A, y.to(dtype), 1000) - minimum).norm() < limit * minimum.norm()
+
+
+# Maps that are no operators
+
+def turn(x): return x.flip(-1)
+
+@pytest.mark.parametrize("bent, size", [
+    (lambda x: turn(x).clamp(min=0), 0.9), (lambda x: turn(x).square(), 1.), (lambda x: turn(x) + 0.1, 0.04),
+    (lambda x: turn(x).abs(), 1.),
+    (lambda x: turn(x).log1p(), float("nan"))], ids=["clamp", "square", "offset", "abs", "logarithm"])
+@pytest.mark.parametrize("backwards", [False, True])
+def test_what_is_not_linear_is_refused_with_its_error(bent, size, backwards):
+    "Also where it is linear as long as nothing is negative."
+    pair, name = ((turn, bent), "adjoint") if backwards else ((bent, turn), "forward")
+    with pytest.raises(ValueError, match=f"^{name} is not linear: ") as error: as_operator(pair, (6, 7), (6, 7))
+    found = float(re.search(r"differ by (\S+) of the norms", str(error.value))[1])
+    assert found == pytest.approx(size, rel=0.5, nan_ok=True)
+
+
+def test_adjoint_error_sees_a_clamp():
+    clamped = LinearOperator((6, 7), (6, 7), lambda x: turn(x).clamp(min=0), turn)
+    assert adjoint_error(clamped) > 0.3 and adjoint_error(clamped, torch.float64) > 0.3
+
+
+def test_linear_maps_of_any_precision_are_taken():
+    "Zero, tiny and huge ones, and with parameters that could be trained."
+    weight = torch.nn.Parameter(torch.rand(12, 12))
+    def matrix(w): return lambda x: x @ w.T, lambda y: y @ w
+    kinds = [matrix(torch.rand(12, 12) * gain) for gain in (0, 1e-15, 1, 1e15)] + [matrix(weight)]
+    for pair in kinds: as_operator(pair, (12,), (12,))

@@ -328,6 +328,24 @@ def test_results_travel_to_another_process(recon, operator):
     assert torch.equal(pickle.loads(pickle.dumps(solution.scan)).measurement, scan.measurement)
 
 
+def test_a_posterior_of_another_operator(tmp_path):
+    "Of the same shape: its mean would be wrong, and so would every bar."
+    scan = simulate(torch.eye(8), blur((8, 8), 1)).hold_out(2)
+    solution = solve(scan, UNet(2, 4), iterations=20, progress=False)
+    solution.posterior.save(tmp_path / "posterior")
+    assert torch.equal(Posterior.load(tmp_path / "posterior", scan, progress=False).mean, solution.posterior.mean)
+    with pytest.raises(ValueError, match="was made with another operator of this shape: .* differ by 0"):
+        Posterior.load(tmp_path / "posterior", replace(scan, operator=blur((8, 8), 1.1)), progress=False)
+
+
+def test_bars_where_gradients_are_off():
+    scan, net = simulate(torch.eye(8), blur((8, 8), 1)).hold_out(2), UNet(2, 4)
+    usual = solve(scan, net, iterations=20, progress=False)
+    for context in torch.no_grad, torch.inference_mode:
+        with context(): found = solve(scan, net, iterations=20, progress=False)
+        assert torch.equal(found.image, usual.image) and torch.equal(found.std, usual.std)
+
+
 def test_std_against_laplace_torch():
     """The full generalised Gauss–Newton posterior of the same weights, by another library, with filters of independent taps.
 

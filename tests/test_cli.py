@@ -1,0 +1,70 @@
+"""The command line where the terminal, the machine or the program is at fault. Mistakes of its user are in the notebook."""
+import io
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from dip_uq import cli
+from dip_uq.cli import demo_scan, in_one_line, main
+from dip_uq.scans import save_scan
+
+SMALL = "--iterations", "4", "--channels", "4", "--scales", "2", "--quiet"
+
+
+@pytest.fixture
+def dip_uq(monkeypatch):
+    "Exit code and both outputs, as bytes, where the terminal has another encoding."
+    def run(*argv, encoding):
+        streams = [io.TextIOWrapper(io.BytesIO(), encoding) for _ in range(2)]
+        with monkeypatch.context() as patched:
+            for name, stream in zip(("stdout", "stderr"), streams): patched.setattr(sys, name, stream)
+            try: code = main([*map(str, argv)])
+            except SystemExit as end: code = end.code  # of --help
+        for stream in streams: stream.flush()
+        return code, *(stream.buffer.getvalue() for stream in streams)
+    return run
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "cp932", "utf-8"])
+def test_any_encoding_will_do(encoding, dip_uq, tmp_path):
+    "Help, results and errors, with letters that it does not have; the exit code says what happened, nothing else."
+    code, out, err = dip_uq("reconstruct", "--help", encoding=encoding)
+    assert (code, err) == (0, b"") and b"SCAN" in out and (encoding != "utf-8" or "I₀".encode() in out)
+    save_scan(replace(demo_scan(8, 6), name="λ² · 漢"), path := tmp_path / "λ².npz")
+    code, out, err = dip_uq("reconstruct", path, *SMALL, "--out", tmp_path / "out", encoding=encoding)
+    assert code == 0 and b"PSNR" in out
+    code, out, err = dip_uq("reconstruct", tmp_path / "λ² 漢.npz", "--out", tmp_path / "none", encoding=encoding)
+    assert (code, out) == (2, b"") and err.startswith(b"dip-uq: ") and len(err.splitlines()) == 1
+
+
+def test_module_is_the_command():
+    "In a process of its own, with an output that has only ASCII."
+    command = [sys.executable, "-m", "dip_uq.cli", "demo", "--help"]
+    done = subprocess.run(command, env=os.environ | dict(PYTHONIOENCODING="ascii"), capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"") and done.stdout.startswith(b"usage: dip-uq demo")
+
+
+@pytest.mark.parametrize("error, message", [
+    (MemoryError(), "out of memory; take a smaller --size"),
+    (MemoryError("Unable to allocate 8 TiB"), "out of memory (Unable to allocate 8 TiB); take a smaller --size"),
+    (AssertionError(), "AssertionError"), (AssertionError("a < b"), "AssertionError a < b"), (ValueError(), "ValueError"),
+    (RuntimeError("CUDA error:\n  out of memory\n"), "CUDA error: out of memory"), (ValueError("size=0"), "size=0")])
+def test_every_failure_is_one_line(error, message, tmp_path, capsys):
+    assert in_one_line(error).startswith(message)
+    with patch.object(cli, "solve", side_effect=error):
+        assert main(["demo", "--size", "8", "--angles", "4", "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err == f"dip-uq: {in_one_line(error)}\n" and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:0"])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here is a CUDA device")
+def test_a_missing_device_is_told_before_any_work(device, tmp_path, capsys):
+    "Even before the file is looked for."
+    assert main(["reconstruct", "missing.npz", "--device", device, "--out", str(tmp_path / "out")]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"dip-uq: --device {device}: ") and err.endswith("; choose one of cpu\n") and err.count("\n") == 1
