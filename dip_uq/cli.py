@@ -128,7 +128,8 @@ def run_solve(args: argparse.Namespace) -> None:
     solution = solve(scan.to(args.device), net, progress=not args.quiet, seed=args.seed, **options)
     solution.save(args.out)
     print(headline(solution.summary()), f"written: summary.json, report.png, images and more in {args.out}", sep="\n")
-    for doubt in solution.doubts[len(asked):]: print(f"dip-uq: {doubt}", file=sys.stderr)
+    for doubt in solution.doubts:
+        if doubt not in asked: print(f"dip-uq: {doubt}", file=sys.stderr)
 
 def run_pretrain(args: argparse.Namespace) -> None:
     "Teach a network and write it to `args.out`; its state is kept beside that file while it learns."

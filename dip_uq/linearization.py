@@ -172,12 +172,16 @@ class Linearization:
         taps = [self.recon.z.new_zeros(batch, *s).requires_grad_() for s in self.shapes]
         return taps, self.tapped(taps)
 
+    @torch.inference_mode(False)
+    @torch.enable_grad()
     def network_pullback(self, batch: int) -> Callable[[Tensor], Tensor]:
         """The function u ↦ Jᵀu of the network alone; it keeps the memory of one forward pass of `batch` images.
 
         One backward pass to the taps, then one matrix product with the patches for each convolution.
         """
         taps, images = self.opened(batch)
+        @torch.inference_mode(False)
+        @torch.enable_grad()
         def pull(u):
             _expect("u", u, self.recon.image.shape, batch)
             grads = torch.autograd.grad(images[:len(u)], taps, u, retain_graph=True)
@@ -190,6 +194,8 @@ class Linearization:
         if self.pixels is None: return pull
         return lambda u: torch.cat([pull(u), (u * self.pixels).flatten(1)], 1)
 
+    @torch.inference_mode(False)
+    @torch.enable_grad()
     def pushforward(self, batch: int) -> Callable[[Tensor], Tensor]:
         """The function v ↦ Jv for v (B, parameters), B ≤ `batch`; it keeps the memory of a forward and a backward pass.
 
@@ -198,6 +204,8 @@ class Linearization:
         taps, images = self.opened(batch)
         u = torch.zeros_like(images, requires_grad=True)
         grads = torch.autograd.grad(images, taps, u, create_graph=True)
+        @torch.inference_mode(False)
+        @torch.enable_grad()
         def push(v):
             _expect("v", v, [self.parameters], batch)
             n, parts = len(v), zip(v.split(self.sizes, 1), self.patches, self.shapes)

@@ -10,11 +10,10 @@ __all__ = ['BELIEVED', 'doubts', 'overstated', 'twins', 'Solution', 'write_by', 
 # %% ../nbs/23_pipeline.ipynb #30acd72a
 import io
 import json
-import math
 import platform
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -49,8 +48,8 @@ from .rays import RayTransform, fbp, field_of_view
 def doubts(scan: Scan) -> list[str]:
     "Questions about a scan that can be reconstructed, but looks like a common mistake, most of them about tomography."
     A, y = scan.operator, scan.measurement.double()
-    loud = [f"noise_std is {r:.1f} times as large as readings scatter from one to the next, so it cannot be right; the "
-            "noise is estimated instead"] if (r := overstated(scan)) else []
+    loud = [f"noise_std is {r:.1f} times as large as readings scatter from one to the next, so it cannot be right "
+            "unless neighbours share their noise; it is estimated instead"] if (r := overstated(scan)) else []
     if not isinstance(A, RayTransform): return loud
     g, mean = A.geometry, float(y.mean())
     arc, edge = np.rad2deg(np.ptp(g.angles)), float(y[:, [0, -1]].mean()) / mean if mean else 0.0
@@ -62,26 +61,33 @@ def doubts(scan: Scan) -> list[str]:
              "the readings are negative in the mean; is the minus of −log(I/I₀) missing?": mean < 0,
              f"the detector is {wide:.4g} times as wide as the shadow of the image; are bin_size, pixel_size and "
              "distances in one unit?": not 0.2 < wide < 5,
-             f"{(repeats := twins(A))} of the projections are along the lines of another; held-out ones among them are "
-             "no test of the fit, which may stop too late and be given wrong error bars": repeats > 0}
+             f"{(repeats := twins(A, scan.held_out))} projections, held out or that may be, are along the lines of "
+             "others; so they are no test of the fit, which may stop too late and get wrong error bars": repeats > 0}
     return loud + [question for question, asked in found.items() if asked]
 
 def overstated(scan: Scan) -> float:
     """How many times `noise_std` is the largest that the readings allow, where that is more than 1.25; otherwise 0.
 
-    Noise σ alone gives the n second differences the rms σ√6, with a relative standard error of 1/√n, four of which are
-    granted; and whatever was measured only adds to that.
+    Noise σ alone gives the n second differences over 1, 2 or 4 bins (the largest counts, as neighbours may share noise)
+    the rms σ√6, with a relative standard error of 1/√n, four of which are granted; and signal only adds to that.
     """
-    differences = scan.measurement.double().diff(n=2, dim=-1)
-    if not scan.noise_std or scan.poisson or (n := differences.numel()) < 100: return 0.0
-    ratio = scan.noise_std / max(float(differences.square().mean().sqrt()) / 6**0.5, 1e-300)
+    y, bins = scan.measurement.double(), scan.measurement.shape[-1]
+    apart = [y[..., :-2 * k] - 2 * y[..., k:-k] + y[..., 2 * k:] for k in (1, 2, 4) if 2 * k < bins]
+    if not scan.noise_std or scan.poisson or not apart or (n := apart[-1].numel()) < 100: return 0.0
+    largest = max(float(differences.square().mean().sqrt()) for differences in apart) / 6**0.5
+    ratio = scan.noise_std / largest if largest > 0 else 0.0
     return ratio if ratio * (1 - 4 / n**0.5) > 1.25 else 0.0
 
-def twins(A: RayTransform) -> int:
-    "How many projections have the direction of another: a fan's modulo 360°, a parallel beam's modulo 180°."
-    turn = 2 * np.pi if A.geometry.fan else np.pi
-    directions = np.round(np.asarray(A.geometry.angles) / turn % 1 * 1e6) % 1e6
-    return int(sum(np.sum(directions == d) > 1 for d in directions))
+def twins(A: RayTransform, held_out: Sequence[int] = ()) -> int:
+    """How many of the projections `held_out` have the direction of another: a fan's modulo 360°, a parallel beam's
+    modulo 180°. Where none is held out yet: how many of all have, if they are a tenth or more.
+    """
+    turn = np.asarray(A.geometry.angles, float) / (2 * np.pi if A.geometry.fan else np.pi)
+    apart = np.abs((turn[:, None] - turn + 0.5) % 1 - 0.5)
+    alike = (apart < 1e-5) & ~np.eye(len(turn), dtype=bool)
+    alike[:, list(held_out)] = False # held out as well
+    found = int(alike[list(held_out)].any(1).sum()) if len(held_out) else int(alike.any(1).sum())
+    return found if len(held_out) or 10 * found >= len(turn) else 0
 
 # %% ../nbs/23_pipeline.ipynb #55e9afa0
 @dataclass(frozen=True)
@@ -111,7 +117,7 @@ class Solution:
         A = self.scan.operator
         return fbp(A, self.scan.measurement, "hann") if isinstance(A, RayTransform) else None
 
-    @property
+    @cached_property
     def fit_rms_over_noise(self) -> float | None:
         "The rms of what the network leaves of the rays that it saw, in units of `scan.noise_std`; None where that is."
         return fitted_noise(self.posterior.lin) / self.scan.noise_std if self.scan.noise_std else None
@@ -120,13 +126,17 @@ class Solution:
     def doubts(self) -> list[str]:
         "What may be wrong with this result, in words: `doubts` of the scan, then those of the fit and its check."
         check, fit = self.check, self.fit_rms_over_noise or 0.0
-        found = {f"the fit misses the rays that it saw by {fit:.1f} times noise_std; is noise_std too small, the fit "
-                 "unfinished, a bin dead? What it leaves is taken for noise": fit > BELIEVED,
+        claimed, few = self.scan.noise_std, f"{check.scale_error:.0%}"
+        found = {f"the fit misses the rays that it saw by {fit:.1f} times noise_std; is the fit unfinished, noise_std "
+                 "too small, a bin dead? What it leaves is taken for noise": fit > BELIEVED,
+                 "noise_std is 0, but no measurement is exact; what the fit leaves is taken for noise": claimed == 0,
                  f"the held-out rays are {check.z_std:.1f} times as far off as predicted; do operator and noise_std "
                  "describe this scan? Look at angles, lengths and the centre of rotation": not 0.6 < check.z_std < 2,
-                 "the held-out rays cannot tell whether the error bars are honest, so these are untested: "
-                 f"{1 - check.image_share:.0%} of the rays' variance is noise": not check.sees}
-        return doubts(self.scan) + [doubt for doubt, told in found.items() if told]
+                 "the held-out rays cannot tell whether the error bars are honest, so these are untested: " +
+                 (f"{1 - check.image_share:.0%} of the rays' variance is noise" if check.image_share < 0.05 else
+                  f"the rays are too few, the scale of the bars would be uncertain by {few}"): not check.sees}
+        scan = replace(self.scan, held_out=self.recon.scan.held_out)
+        return doubts(scan) + [doubt for doubt, told in found.items() if told]
 
     def summary(self) -> dict:
         "All figures of the run, ready for JSON; scores are None without ground truth."
@@ -237,7 +247,7 @@ def linear_model(recon: Reconstruction) -> Linearization:
     or fit are not what they seem, and what is left is taken for noise, lest it be pressed into pixels.
     """
     lin = Linearization(recon, free_pixels=True)
-    if fitted_noise(lin) <= BELIEVED * (recon.scan.noise_std or math.inf): return lin
+    if recon.scan.noise_std is None or fitted_noise(lin) <= BELIEVED * recon.scan.noise_std: return lin
     return Linearization(replace(recon, scan=replace(recon.scan, noise_std=fitted_noise(lin))), free_pixels=True)
 
 @torch.inference_mode(False) # fit and evidence need gradients, wherever this is called

@@ -65,7 +65,7 @@ def _read_npz(path: Path) -> dict:
 def _check_known(fields: Mapping, where: str) -> None:
     "Raises ValueError for a field that `load_scan` would not read, since it may be one of another name."
     for key in sorted(fields.keys() - set(_FIELDS)):
-        near = [f", did you mean {known!r}" for known in get_close_matches(key, _FIELDS, 1, 0.5)]
+        near = [f", did you mean {known!r}" for known in get_close_matches(key, _FIELDS, 1, 0.7)]
         raise ValueError(f"{where}: unknown field {key!r}{''.join(near)}; rename it or leave it out. The fields are "
                          f"{', '.join(_FIELDS)}")
 

@@ -101,8 +101,8 @@ def test_noise_that_is_overstated_is_told_and_not_believed(scan):
 
 def test_noise_is_not_called_overstated_by_chance():
     "A thousand scans of nothing but noise, of a hundred readings each, told as it is: four standard errors and a quarter."
-    A = mask(torch.ones(1, 102, dtype=torch.bool))
-    draws = torch.randn(1000, 102, generator=torch.Generator().manual_seed(0))
+    A = mask(torch.ones(1, 110, dtype=torch.bool))
+    draws = torch.randn(1000, 110, generator=torch.Generator().manual_seed(0))
     assert not any(overstated(Scan(y, A, noise_std=1.0)) for y in draws)
     assert all(overstated(Scan(y, A, noise_std=4.0)) for y in draws)
 
@@ -112,3 +112,26 @@ def test_a_check_that_sees_nothing_says_so(scan):
     noisy = simulate(scan.truth, scan.operator, noise=5.0, seed=1)
     solution = answered(noisy)
     assert not solution.check.sees and "these are untested" in " ".join(solution.doubts)
+
+
+def test_noise_that_neighbours_share_is_not_called_overstated():
+    "Means over neighbouring bins: the second differences of single bins are too small, those of four apart are not."
+    A = parallel_beam(np.arange(20) * np.pi / 20, (24, 24), 60)
+    white = torch.randn(20, 63, generator=torch.Generator().manual_seed(0))
+    for width in (1, 2, 3, 4):
+        y = white.unfold(1, width, 1).mean(-1)[:, :60]
+        assert not overstated(Scan(y, A, noise_std=float(y.std())))
+
+
+def test_no_noise_at_all_is_not_believed(scan):
+    found = answered(replace(scan, noise_std=0.0))
+    assert "noise_std is 0, but no measurement is exact" in " ".join(found.doubts)
+    assert found.summary()["noise_std"] > 0 and (found.std > 0).all()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_result_can_be_used_where_gradients_are_off(mode, tmp_path):
+    with mode():
+        solution = solved(beam(12, 12), ball(12, 12))
+        solution.save(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == FILES
