@@ -63,6 +63,7 @@ def require_dense(convs: dict[str, nn.Module], # of the network, by name
                    f"the covariance of {rays} rays and {sum(sizes)} weights",
                    "take fewer rays (angles or bins), or a network with fewer channels", device)
 
+# %% ../nbs/16_covariance.ipynb #c0a00003
 @dataclass(frozen=True)
 class Model:
     """The linear model of all rays, those fitted by the network first: residuals, rows of AJ, Grams of each block.
@@ -123,6 +124,34 @@ class Model:
         if self.lin.pixels is None: return weights
         images = self.operator.T(u.view(-1, *self.operator.range_shape)) * self.lin.pixels
         return torch.cat([weights, images.flatten(1)], 1)
+
+# %% ../nbs/16_covariance.ipynb #c0a00001
+def _refuse_second_derivative() -> None:
+    "Raise RuntimeError in a backward pass that is itself to be differentiated."
+    if torch.is_grad_enabled(): raise RuntimeError("create_graph: a Covariance can be differentiated once only; for "
+                                                   "curvature take finite differences of its slopes")
+
+class _LogDet(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weights: Tensor, K: "Covariance", given: int) -> Tensor:
+        ctx.K, ctx.given = K, given
+        return 2 * K.factor.diagonal()[given:].log().sum().cpu()
+
+    @staticmethod
+    def backward(ctx, slope: Tensor) -> tuple:
+        _refuse_second_derivative()
+        return slope * ctx.K.traces(ctx.given), None, None
+
+class _Quadratic(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weights: Tensor, K: "Covariance", r: Tensor) -> Tensor:
+        ctx.K, ctx.u = K, K.solve(r[:, None])[:, 0]
+        return (r @ ctx.u).cpu()
+
+    @staticmethod
+    def backward(ctx, slope: Tensor) -> tuple:
+        _refuse_second_derivative()
+        return -slope * ctx.K.forms(ctx.u), None, None
 
 # %% ../nbs/16_covariance.ipynb #c0000012
 class Covariance:
@@ -213,34 +242,7 @@ class Covariance:
         return (rows @ moved.T).double(), white.T @ white
 
     def draw(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]: # (n, parameters), (rays, n)
-        "n draws of the weights from the prior, and what rays with noise of their own see of them."
+        "n draws of the weights θ from the prior, and AJθ − ξ, what rays with noise ξ of their own see of them."
         theta = self.prior.sample(self.model.lin, n, generator)
         noise = torch.randn(n, self.rays, generator=generator, dtype=torch.float64).T.to(self.model.residual)
         return theta, self.model.to_rays(theta)[:self.rays] - math.sqrt(float(self.noise)) * noise
-
-class _LogDet(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, weights: Tensor, K: Covariance, given: int) -> Tensor:
-        ctx.K, ctx.given = K, given
-        return 2 * K.factor.diagonal()[given:].log().sum().cpu()
-
-    @staticmethod
-    def backward(ctx, slope: Tensor) -> tuple:
-        _refuse_second_derivative()
-        return slope * ctx.K.traces(ctx.given), None, None
-
-class _Quadratic(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, weights: Tensor, K: Covariance, r: Tensor) -> Tensor:
-        ctx.K, ctx.u = K, K.solve(r[:, None])[:, 0]
-        return (r @ ctx.u).cpu()
-
-    @staticmethod
-    def backward(ctx, slope: Tensor) -> tuple:
-        _refuse_second_derivative()
-        return -slope * ctx.K.forms(ctx.u), None, None
-
-def _refuse_second_derivative() -> None:
-    "Raise RuntimeError in a backward pass that is itself to be differentiated."
-    if torch.is_grad_enabled(): raise RuntimeError("create_graph: a Covariance can be differentiated once only; for "
-                                                   "curvature take finite differences of its slopes")

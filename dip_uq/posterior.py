@@ -57,7 +57,7 @@ class Posterior:
         return self.scale * variance.sqrt().view(image.shape)
 
     def deviations(self, n: int, seed: int = 0, chunk: int = 16) -> Iterator[Tensor]: # (≤ chunk, H, W) each
-        "Samples of x − mean by pathwise conditioning (Wilson et al. 2020): J (θ₀ − Σ_θ (AJ)ᵀ K_yy⁻¹ (AJθ₀ + ξ))."
+        "Samples of x − mean by pathwise conditioning (Wilson et al. 2020): J (θ₀ + Σ_θ (AJ)ᵀ K_yy⁻¹ (ξ − AJθ₀))."
         if n < 1: raise ValueError(f"n: {n} samples; draw at least 1")
         K, generator = self.evidence.covariance, torch.Generator().manual_seed(seed)
         batch = min(8, chunk, n) # 16 images at once would take twice the memory, and no less time

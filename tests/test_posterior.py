@@ -201,39 +201,31 @@ def test_any_operator_will_do():
     assert posterior.predict(A)[1].shape == (120, 120)
 
 
-def test_free_pixels_against_dense_matrices(recon):
-    "The conditional mean and covariance of the joint Gaussian of pixels and rays, the free pixels as σ² I."
-    evidence, plain = fit_evidence(Linearization(recon, free_pixels=True), progress=False), Linearization(recon)
-    prior, t = replace(evidence.prior, variance=evidence.prior.variance | {FREE: 0.01}), evidence.model.training
-    evidence = replace(evidence, prior=prior)
+UNEQUAL = torch.rand(16, 16, generator=torch.Generator().manual_seed(0)).double()
+UNEQUAL[:4] = 0
+
+
+@pytest.mark.parametrize("free_pixels", [True, UNEQUAL], ids=["equal", "a map, zero in places"])
+def test_free_pixels_against_dense_matrices(recon, free_pixels):
+    "The conditional mean and covariance of the joint Gaussian of pixels and rays, the free pixels as σ² diag(w²)."
+    evidence = fit_evidence(Linearization(recon, free_pixels=free_pixels), progress=False)
+    prior, t, plain = evidence.prior, evidence.model.training, Linearization(recon)
+    evidence = replace(evidence, prior=replace(prior, variance=prior.variance | {FREE: 0.01}))
+    w = torch.ones(256) if free_pixels is True else free_pixels.flatten()
     J = plain.vjp(torch.eye(256).double().view(-1, 16, 16))
     K = torch.block_diag(*(torch.kron(torch.eye(c.weight[..., 0, 0].numel()).double(), prior.kernel(plain, name))
                            for name, c in plain.convs.items()))
-    S = J @ K @ J.T + 0.01 * recon.scale**2 * torch.eye(256)
+    S = J @ K @ J.T + 0.01 * recon.scale**2 * torch.diag(w**2)
     M = torch.from_numpy(evidence.model.operator.matrix.toarray()).double()
     r = torch.cat([torch.zeros(t).double(), evidence.model.residual[t:]])
-    gain = torch.linalg.solve(M @ S @ M.T + evidence.noise_std**2 * torch.eye(len(M)), M @ S).T
+    K_yy = M @ S @ M.T + evidence.noise_std**2 * torch.eye(len(M))
+    gain = torch.linalg.solve(K_yy, M @ S).T
+    close(evidence.covariance.matrix, K_yy)
     posterior = Posterior(evidence)
     middle, C = posterior.predict(mask(torch.ones(16, 16, dtype=torch.bool)))
     assert torch.allclose(C, S - gain @ M @ S, atol=1e-6)
     assert torch.allclose(middle.flatten(), recon.image.flatten() + gain @ r, atol=1e-6)
     assert torch.allclose(posterior.std().flatten(), C.diagonal().sqrt(), atol=1e-6)
-
-
-def test_a_map_of_free_pixels_against_dense_matrices(recon):
-    "Pixels that may move unequally far, and some not at all: diag(w²) in place of the identity."
-    w = torch.rand(16, 16, generator=torch.Generator().manual_seed(0)).double()
-    w[:4] = 0
-    evidence, plain = fit_evidence(Linearization(recon, free_pixels=w), progress=False), Linearization(recon)
-    evidence = replace(evidence, prior=replace(evidence.prior, variance=evidence.prior.variance | {FREE: 0.01}))
-    J = plain.vjp(torch.eye(256).double().view(-1, 16, 16))
-    K = torch.block_diag(*(torch.kron(torch.eye(c.weight[..., 0, 0].numel()).double(), evidence.prior.kernel(plain, name))
-                           for name, c in plain.convs.items()))
-    S = J @ K @ J.T + 0.01 * recon.scale**2 * torch.diag(w.flatten()**2)
-    M = torch.from_numpy(evidence.model.operator.matrix.toarray()).double()
-    K_yy = M @ S @ M.T + evidence.noise_std**2 * torch.eye(len(M))
-    close(evidence.covariance.matrix, K_yy)
-    close(Posterior(evidence).std().flatten(), (S - S @ M.T @ torch.linalg.solve(K_yy, M @ S)).diagonal().sqrt())
 
 
 class Chain(nn.Module):
