@@ -70,7 +70,7 @@ def mc_dropout(scan: Scan, net: nn.Module | None = None, rate: float = 0.05, sam
     recon = reconstruct(scan, with_dropout(net or UNet(), rate), seed=seed, progress=False, **fit)
     net = recon.net.train()
     with torch.no_grad(), seeded(seed):
-        return Forecast.of(torch.stack([recon.scale * picture(net, recon.z) for _ in range(samples)]))
+        return Forecast.of(torch.stack([recon.lowest + recon.scale * picture(net, recon.z) for _ in range(samples)]))
 
 # %% ../nbs/21_baselines.ipynb #ba5e000b
 def langevin(scan: Scan, net: nn.Module | None = None, steps: int = 1000, rate: float = 1e-4, seed: int = 0,
@@ -85,7 +85,7 @@ def langevin(scan: Scan, net: nn.Module | None = None, steps: int = 1000, rate: 
     strength = tv_strength(recon, scan.noise_std) if recon.settings["tv"] else 0.0
     squares = [torch.zeros(())] * len(weights)
     for i in range(steps):
-        x = recon.scale * picture(recon.net, recon.z)
+        x = recon.lowest + recon.scale * picture(recon.net, recon.z)
         error = (fitted.operator(x) - fitted.measurement).square().sum() / (2 * scan.noise_std**2)
         slopes = torch.autograd.grad(error + strength * total_variation(x), weights)
         if i >= steps // 4 and i % 10 == 0: images.append(x.detach())

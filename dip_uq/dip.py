@@ -26,7 +26,7 @@ from IPython.display import display
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .data import Scan, _check_peak, _positive, _real, _whole
+from .data import Scan, _check_peak, _positive, _real, _whole, extent, negative_range
 from .files import load_tensors, named, save_tensors
 from .networks import NETWORKS, UNet, fresh, seeded
 from .operators import blur, cgls
@@ -55,9 +55,8 @@ def first_guess(scan: Scan, # only the readings that may be fitted are used
     fitted = scan.training
     A, y = fitted.operator, fitted.measurement
     rough = cgls(A, y, 10)
-    typical, peak = float(rough.abs().quantile(0.99)), float(rough.abs().max())
-    _check_peak(y, peak)
-    scale = typical if peak < 2 * typical else peak
+    _check_peak(y, float(rough.abs().max()))
+    scale = extent(rough.abs())
     if isinstance(start, Tensor): return (_real("start", start, rough.shape).to(rough) / scale)[None, None], scale
     if start not in STARTS: raise ValueError(f"start: {start!r} is unknown; choose one of {', '.join(STARTS)}")
     if start == "noise":
@@ -110,14 +109,15 @@ class Run:
             self.lowest, self.chosen = score, self.iteration
             self.weights = {k: v.clone() for k, v in self.net.state_dict().items()}
 
-def descend(run: Run, z: Tensor, scale: float, scan: Scan, tv: float, jitter: float = 0) -> Iterator[dict[str, float]]:
+def descend(run: Run, z: Tensor, scale: float, scan: Scan, tv: float, jitter: float = 0, lowest: float = 0,
+           ) -> Iterator[dict[str, float]]:
     "Adam steps on data error + `tv` · |x|_TV; the losses of each iterate are yielded before it is left behind."
     y, fitted = scan.measurement / scale, torch.ones(len(scan.measurement), dtype=torch.bool, device=z.device)
     fitted[list(scan.held_out)] = False
     power = y[fitted].mean() if scan.poisson else y[fitted].square().mean()
     for i in range(run.iteration, run.iterations):
         torch.default_generator.manual_seed((run.seed << 32) + i)  # chance depends on the iteration, not on the past
-        x = picture(run.net, z + jitter * torch.randn(z.shape).to(z) if jitter else z)
+        x = picture(run.net, z + jitter * torch.randn(z.shape).to(z) if jitter else z) + lowest / scale
         error = misfit(scan.operator(x), y, scan.poisson) / power
         data, variation = error[fitted].mean(), total_variation(x)
         loss = data + tv * variation
@@ -165,7 +165,7 @@ def choose_iterate(run: Run,
 # %% ../nbs/07_dip.ipynb #5e39a3cf
 @dataclass(frozen=True, eq=False, repr=False)
 class Reconstruction:
-    "A fitted deep image prior: `image` = `scale` · `net`(`z`), and how it came about."
+    "A fitted deep image prior: `image` = `lowest` + `scale` · `net`(`z`), and how it came about."
     image: Tensor # x̂ (H, W), in the scan's unit
     net: nn.Module # with the fitted weights θ*, in evaluation mode
     z: Tensor # (1, 1, H, W), the fixed input
@@ -173,6 +173,7 @@ class Reconstruction:
     scan: Scan # with the projections that were held out for stopping
     history: dict[str, np.ndarray] # a value for each iteration: loss, data, tv, held_out, psnr (NaN where unknown)
     settings: dict # the arguments, the iteration returned, why the run stopped
+    lowest: float = 0.0 # the value of the image where the network's output is 0
 
     def __repr__(self):
         s, quality = self.settings, self.history["psnr"][self.settings["iteration"]]
@@ -185,7 +186,8 @@ class Reconstruction:
                    "fingerprint": self.scan.fingerprint()}
         tensors |= {f"net.{k}": v for k, v in self.net.state_dict().items()}
         tensors |= {f"history.{k}": torch.from_numpy(v) for k, v in self.history.items()}
-        return tensors, dict(scale=self.scale, settings=self.settings, held_out=list(self.scan.held_out),
+        return tensors, dict(scale=self.scale, lowest=self.lowest, settings=self.settings,
+                             held_out=list(self.scan.held_out),
                              network=[type(self.net).__name__, getattr(self.net, "settings", None)])
 
     def save(self, path: str | Path) -> None:
@@ -208,7 +210,8 @@ class Reconstruction:
         tensors = {k: v.to(scan.measurement.device) for k, v in tensors.items()}
         net = revive(net, named(tensors, "net."), *about["network"])
         scan = replace(scan, held_out=tuple(about["held_out"]))
-        return cls(tensors["image"], net, tensors["z"], about["scale"], scan, history, about["settings"])
+        return cls(tensors["image"], net, tensors["z"], about["scale"], scan, history, about["settings"],
+                   about.get("lowest", 0.0))
 
 # %% ../nbs/07_dip.ipynb #8d01df6c
 def check_same_scan(scan: Scan, measurement: Tensor, image: Tensor, path: str | Path) -> None:
@@ -371,6 +374,8 @@ def reconstruct(scan: Scan, # what was measured; its truth, if any, is only scor
                ) -> Reconstruction:
     """Minimise mean (Ax − y)² / mean y² + γ |x / scale|_TV over x = scale · f_θ(z); `stop` chooses the iterate.
 
+    Where the readings ask for values below zero (`negative_range`), x = lowest + scale · f_θ(z).
+
     For counts (`scan.poisson`) the data error is the mean Poisson deviance / mean y. Projections in `scan.held_out` are
     never fitted; where there are none, "heldout" keeps every sixth. KeyboardInterrupt returns the best so far. Raises
     ValueError or TypeError for arguments that cannot work, a state of another run, and a loss that diverges.
@@ -380,7 +385,7 @@ def reconstruct(scan: Scan, # what was measured; its truth, if any, is only scor
     tv = tv_for_noise(scan) if tv is None else _positive("tv", tv, zero=True)
     learning_rate, jitter = _positive("learning_rate", learning_rate), _positive("jitter", jitter, zero=True)
     iterations, seed = _whole("iterations", iterations), _whole("seed", seed, 0)
-    if stop == "heldout" and not scan.held_out: scan = scan.hold_out(max(1, round(len(scan.measurement) / 6)))
+    if stop == "heldout": scan = scan.apart()
     settings = dict(tv=tv, iterations=iterations, stop=stop, learning_rate=learning_rate, seed=seed,
                     start="image" if isinstance(start, Tensor) else start, jitter=jitter,
                     weights=digest(net) if educated else "fresh")
@@ -388,13 +393,15 @@ def reconstruct(scan: Scan, # what was measured; its truth, if any, is only scor
         if net is None: net = UNet(dims=len(scan.operator.domain_shape))
         net = copy.deepcopy(net) if educated else fresh(net, seed)
         z, scale = first_guess(scan, start, seed, getattr(net, "settings", {}).get("inputs", 1))
+        lowest, scale = negative_range(scan) or (0.0, scale)
         run, watch = Run(net.to(z), learning_rate, iterations, seed), []
         if resume is not None: watch.append(keep_state(run, resume, scan, z, settings))
         if progress == "live": watch.append(follow(scan))
-        bar = tqdm(descend(run, z, scale, scan, tv, jitter), "DIP", iterations, initial=run.iteration,
+        bar = tqdm(descend(run, z, scale, scan, tv, jitter, lowest), "DIP", iterations, initial=run.iteration,
                    disable=not progress)
         why = choose_iterate(run, bar, stop, noise_level(scan.training), watch)
     net.load_state_dict(run.weights)
-    with torch.no_grad(): image = scale * picture(net.eval(), z)
+    with torch.no_grad(): image = lowest + scale * picture(net.eval(), z)
     history = {k: np.array([losses[k] for losses in run.history]) for k in run.history[0]}
-    return Reconstruction(image, net, z, scale, scan, history, settings | dict(iteration=run.chosen, stopped=why))
+    settings |= dict(iteration=run.chosen, stopped=why)
+    return Reconstruction(image, net, z, scale, scan, history, settings, lowest)

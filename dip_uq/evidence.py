@@ -21,8 +21,8 @@ import scipy.optimize
 import torch
 from torch import Tensor
 
-from .covariance import Covariance, Model, fitted_first
-from .data import Scan
+from .covariance import Covariance, Model
+from .data import Scan, seen_and_unseen
 from .dip import noise_level, total_variation
 from .linearization import FREE, Linearization, is_normalisation, tap_distances
 from .priors import FilterPrior, TVPrior, tap_covariance, tv_strength
@@ -268,8 +268,7 @@ def tv_mode(evidence: Evidence,
 # %% ../nbs/17_evidence.ipynb #08f10011
 def fitted_noise(lin: Linearization) -> float: # in the measurement's unit
     "The root mean square of what the network's fit leaves of the rays that it saw, an estimate of σ_y."
-    _, r, t = fitted_first(lin)
-    return float(r[:t].square().mean().sqrt())
+    return math.sqrt(seen_and_unseen(lin.recon.scan, lin.recon.image)[0])
 
 # %% ../nbs/17_evidence.ipynb #3f5d2ffe
 def check_evidence(lin: Linearization, objective: str) -> None:

@@ -159,7 +159,7 @@ class Linearization:
             self.sizes.append(self.pixels.numel())
         self.parameters = sum(self.sizes)
         out, self.patches, self.shapes = observe(self.net, self.convs, recon.z)
-        if not (recon.scale * out[0, 0] - recon.image).norm() <= 0.01 * recon.image.norm():
+        if not (recon.lowest + recon.scale * out[0, 0] - recon.image).norm() <= 0.01 * recon.image.norm():
             raise ValueError("recon.image: is not what recon.net makes of recon.z; put the network into the mode it "
                              "was fitted in, eval() or train(), and do not change image or weights afterwards")
 
@@ -167,7 +167,7 @@ class Linearization:
         "The image when `taps[i]` (B, *shapes[i]) is added to what convolution i puts out."
         hooks = {m: lambda conv, args, out, t=t: out + t for m, t in zip(self.convs.values(), taps)}
         z = self.recon.z.expand(len(taps[0]), *self.recon.z.shape[1:])
-        return self.recon.scale * run_hooked(self.net, hooks, z)[:, 0]
+        return self.recon.lowest + self.recon.scale * run_hooked(self.net, hooks, z)[:, 0]
 
     def opened(self, batch: int) -> tuple[list[Tensor], Tensor]: # taps, images (batch, H, W)
         "Closed taps that ask for gradients, and the images that depend on them."

@@ -31,14 +31,17 @@ class Posterior:
     def __init__(self,
                  evidence: Evidence, # hyperparameters and rows of AJ
                  scale: float = 1.0, # s, multiplies every standard deviation (see `calibration`)
+                 share: float = 1.0, # how much of what the held-out rays add to the image is added
                 ):
         if not 0 < scale < math.inf: raise ValueError(f"scale: {scale} must be positive and finite; 1 changes nothing")
-        self.evidence, self.model, self.lin, self.scale = evidence, evidence.model, evidence.model.lin, scale
+        if not 0 <= share <= 1: raise ValueError(f"share: {share} must be between 0 (the fit) and 1 (the mean given all)")
+        self.evidence, self.model, self.lin = evidence, evidence.model, evidence.model.lin
+        self.scale, self.share = scale, share
 
     @cached_property
     def mean(self) -> Tensor: # (H, W)
-        "x̂, moved by what the held-out rays add to it: x̂ + K_xy K_yy⁻¹ (0, r_h)."
-        r = self.model.residual.clone()
+        "x̂, moved by the `share` of what the held-out rays add to it: x̂ + share · K_xy K_yy⁻¹ (0, r_h)."
+        r = self.share * self.model.residual
         r[:self.model.training] = 0
         return self.lin.recon.image + self.lin.jvp(self.evidence.covariance.weights_given(r[:, None]))[0]
 
@@ -80,7 +83,7 @@ class Posterior:
         if self.lin.pixels is not None: tensors["free_pixels"] = self.lin.pixels / self.lin.recon.scale
         kept = "noise_std", "value", "objective", "evaluations", "seconds", "history"
         found = dict(evidence={k: getattr(self.evidence, k) for k in kept}, prior=asdict(self.evidence.prior),
-                     scale=self.scale)
+                     scale=self.scale, share=self.share)
         save_tensors(path, tensors, about | dict(posterior=found))
 
     @classmethod
@@ -98,7 +101,7 @@ class Posterior:
         if (FREE in prior.blocks) != ("free_pixels" in tensors):
             raise ValueError(f"path: {str(path)!r} was written by another version of dip_uq; save it again")
         model = Model.of(lin, prior.blocks, lin.rows(fitted_first(lin)[0], progress=progress))
-        return cls(Evidence(model, prior, **about["evidence"]), about["scale"])
+        return cls(Evidence(model, prior, **about["evidence"]), about["scale"], about.get("share", 1.0))
 
     def predict(self, operator: LinearOperator) -> tuple[Tensor, Tensor]: # mean range_shape, covariance (d, d)
         "Noise-free rays A x of another `operator`: their mean, and their covariance A Σ_{x|y} Aᵀ."

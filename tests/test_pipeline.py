@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from dip_uq.data import Scan, simulate, walnut
+from dip_uq.data import Scan, ellipses, rectangles, shepp_logan, simulate, walnut
 from dip_uq.networks import UNet
-from dip_uq.operators import as_operator, blur, mask
-from dip_uq.pipeline import doubts, overstated, solve
+from dip_uq.operators import as_operator, blur, fourier, mask
+from dip_uq.pipeline import doubts, loudness, solve
 from dip_uq.posterior import Posterior
 from dip_uq.rays import fan_beam, parallel_beam
 
@@ -85,26 +85,33 @@ def answered(scan): return solve(scan, UNet(3, 8), iterations=300, progress=Fals
 def test_no_doubt_where_all_is_right(scan): assert answered(scan).summary()["doubts"] == []
 
 
-@pytest.mark.parametrize("factor", [1 / 3, 1 / 30])
+@pytest.mark.parametrize("factor", [1 / 2, 1 / 3, 1 / 30])
 def test_noise_that_is_understated_is_told(scan, factor):
     found = answered(replace(scan, noise_std=factor * scan.noise_std)).summary()
-    assert found["fit_rms_over_noise"] > 1.5
-    assert any(f"{found['fit_rms_over_noise']:.1f} times noise_std" in doubt for doubt in found["doubts"])
+    assert found["fit_rms_over_noise"] > 1.25
+    assert any(f"{found['fit_rms_over_noise']:.2f} times noise_std" in doubt for doubt in found["doubts"])
 
 
-def test_noise_that_is_overstated_is_told_and_not_believed(scan):
-    loud = replace(scan, noise_std=30 * scan.noise_std)
+@pytest.mark.parametrize("factor", [3, 30])
+def test_noise_that_is_overstated_is_told_and_not_believed(scan, factor):
+    loud = replace(scan, noise_std=factor * scan.noise_std)
     found, unknown = answered(loud), answered(replace(scan, noise_std=None))
-    assert "so it cannot be right" in found.doubts[0] and found.doubts[0] in doubts(loud)
+    assert "times as large as it can be" in found.doubts[0] and found.doubts[0] in doubts(loud)
     assert torch.equal(found.image, unknown.image) and torch.equal(found.std, unknown.std)
 
 
-def test_noise_is_not_called_overstated_by_chance():
-    "A thousand scans of nothing but noise, of a hundred readings each, told as it is: four standard errors and a quarter."
-    A = mask(torch.ones(1, 110, dtype=torch.bool))
-    draws = torch.randn(1000, 110, generator=torch.Generator().manual_seed(0))
-    assert not any(overstated(Scan(y, A, noise_std=1.0)) for y in draws)
-    assert all(overstated(Scan(y, A, noise_std=4.0)) for y in draws)
+LOUD = {"pixels": mask(torch.ones(1, 110, dtype=torch.bool)), "few rays": parallel_beam(np.arange(12) * np.pi / 12, (64, 64), 90),
+        "many rays": parallel_beam(np.arange(60) * np.pi / 60, (12, 12), 16), "blur": blur((24, 24), 1.5),
+        "Fourier": fourier(torch.rand(24, 24, generator=torch.Generator().manual_seed(0)) > 0.5)}
+
+
+@pytest.mark.parametrize("name", LOUD)
+def test_noise_is_not_called_overstated_by_chance(name):
+    "Scans of nothing but noise, told as it is: one in a thousand may be called overstated. Four times as much is for most."
+    A = LOUD[name]
+    draws = torch.randn(100, *A.range_shape, generator=torch.Generator().manual_seed(0))
+    found = np.array([loudness(Scan(y, A, noise_std=1.0)) for y in draws])
+    assert (found > 1).sum() <= 1 and (4 * found > 1).mean() > 0.9, (found.max(), found.min())
 
 
 def test_a_check_that_sees_nothing_says_so(scan):
@@ -115,12 +122,12 @@ def test_a_check_that_sees_nothing_says_so(scan):
 
 
 def test_noise_that_neighbours_share_is_not_called_overstated():
-    "Means over neighbouring bins: the second differences of single bins are too small, those of four apart are not."
+    "Means over neighbouring bins."
     A = parallel_beam(np.arange(20) * np.pi / 20, (24, 24), 60)
     white = torch.randn(20, 63, generator=torch.Generator().manual_seed(0))
     for width in (1, 2, 3, 4):
         y = white.unfold(1, width, 1).mean(-1)[:, :60]
-        assert not overstated(Scan(y, A, noise_std=float(y.std())))
+        assert loudness(Scan(y, A, noise_std=float(y.std()))) < 1
 
 
 def test_no_noise_at_all_is_not_believed(scan):
@@ -135,3 +142,14 @@ def test_a_result_can_be_used_where_gradients_are_off(mode, tmp_path):
         solution = solved(beam(12, 12), ball(12, 12))
         solution.save(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == FILES
+
+
+@pytest.mark.parametrize("below", [0.2, 0.5])
+def test_images_below_zero(below):
+    "The same object, some way below zero: told, and nearly as good; that air is 0 is worth a decibel or two."
+    A, truth = beam(24, 30), walnut(24, seed=1)
+    high, low = (answered(simulate(image, A, noise=0.01, seed=1)) for image in (truth, truth - below))
+    assert low.summary()["psnr"] > high.summary()["psnr"] - 2 # 6 to 12 without the range
+    assert ("values below zero" if below == 0.2 else "negative in the mean") in low.doubts[0]
+    assert "below zero" not in str(high.doubts)
+    assert 0.7 < low.summary()["zstd"] / high.summary()["zstd"] < 1.4
