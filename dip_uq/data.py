@@ -175,14 +175,31 @@ class Scan:
         if self.poisson: _check_counts(self.measurement, self.noise_std)
         put("held_out", _check_held_out(self.held_out, len(self.measurement)))
 
-    def hold_out(self, n: int) -> "Scan":
-        """The same scan with `n` projections kept from fitting, evenly spread, each in the middle of its share.
+    @property
+    def directions(self) -> np.ndarray:  # (projections,)
+        "Number of each projection's direction, which twins share; where the operator knows of none, each has its own."
+        if isinstance(self.operator, RayTransform): return self.operator.geometry.directions
+        return np.arange(len(self.measurement))
 
-        Where the measurement is one row of readings, such as pixels, each is drawn from its share.
+    @property
+    def twins(self) -> int:
+        "How many of the projections held out have a twin, along the same lines, among the others."
+        which, held = self.directions, np.isin(np.arange(len(self.measurement)), self.held_out)
+        return int(np.isin(which[held], which[~held]).sum())
+
+    def hold_out(self, n: int) -> "Scan":
+        """The same scan with the share `n` / all of its directions kept from fitting, with all projections along them.
+
+        They are evenly spread, each in the middle of its share, wherever in the file they are; at least one is kept and
+        one fitted. So these are `n` projections where each direction is measured once. Where the measurement is one row
+        of readings, such as pixels, each of `n` is drawn from its share.
         """
-        count = len(self.measurement)
-        spread = _spread if self.measurement.ndim > 1 else _drawn
-        return replace(self, held_out=spread(count, _whole("n", n, 0, count - 1)))
+        count, which = len(self.measurement), self.directions
+        n, every = _whole("n", n, 0, count - 1), int(which.max()) + 1
+        if self.measurement.ndim == 1: return replace(self, held_out=_drawn(count, n))
+        if every == 1: which, every = np.arange(count), count  # nothing would be left to fit
+        chosen = _spread(every, min(max(round(n * every / count), n > 0), every - 1))
+        return replace(self, held_out=np.flatnonzero(np.isin(which, chosen)))
 
     def to(self, device: str | torch.device) -> "Scan":
         "The same scan with its tensors on `device`; operators follow the device of what they are given."
@@ -228,6 +245,16 @@ class Scan:
 def _spread(count: int, n: int) -> tuple[int, ...]:
     "`n` of `count` positions, evenly spread, each in the middle of its share."
     return tuple(((2 * np.arange(n) + 1) * count // max(2 * n, 1)).tolist())
+
+def _thinned(which: np.ndarray, n: int) -> np.ndarray:
+    "Positions of `n` projections, evenly spread over directions `which`; none twice before each was taken once."
+    order = np.argsort(which, kind="stable")
+    turn = np.arange(len(which)) - np.searchsorted(which[order], which[order])  # 0: the first of its direction
+    turns, chosen = [order[turn == k] for k in range(turn.max() + 1)], []
+    for some in turns:
+        m = min(n - len(chosen), len(some))
+        chosen += some[np.arange(m) * len(some) // max(m, 1)].tolist()
+    return np.sort(chosen)
 
 def _drawn(count: int, n: int) -> tuple[int, ...]:
     "`n` of `count` positions, one drawn from each equal share; always the same ones."

@@ -23,8 +23,8 @@ import torch
 from numpy.typing import ArrayLike
 from scipy.io import loadmat
 
-from .data import Scan, _pixels, _positive, _real, _whole
-from .rays import RayTransform, fan_beam, parallel_beam
+from .data import Scan, _pixels, _positive, _real, _thinned, _whole
+from .rays import Geometry, RayTransform, fan_beam, parallel_beam
 
 # %% ../nbs/05_scans.ipynb #35cf857d
 def save_scan(scan: Scan,  # of a `parallel_beam` or `fan_beam` with a square image
@@ -86,21 +86,21 @@ def _scan_from(fields: Mapping, where: str, angles: int | None = None, size: int
     _check_known(fields, where)
     number = partial(_number, fields, where)
     y, degrees = _sinogram(_field(fields, "measurement", where), _field(fields, "angles", where), where)
-    index = np.arange(n := _whole("angles", len(y) if angles is None else angles, 1, len(y))) * len(y) // n
+    few, radians = _whole("angles", len(y) if angles is None else angles, 1, len(y)), np.deg2rad(degrees)
+    beam, distances = _beam(str(_field(fields, "geometry", where)), where)
+    pixel_size, bin_size, *distances = map(number, ("pixel_size", "bin_size", *distances))
+    index = _thinned(Geometry(radians, y.shape[1], bin_size, pixel_size, *distances).directions, few)
     y, group = _bin(y[index], bins, where)
     full = _whole(f"{where}: size", _field(fields, "size", where))
     size = _whole("size", full if size is None else size, 1, full)
-    pixel_size, bin_size = number("pixel_size") * (full / size), number("bin_size") * group
+    pixel_size, bin_size = pixel_size * (full / size), bin_size * group
     rays = group * _whole(f"{where}: rays_per_bin", fields.get("rays_per_bin", 1))
-    beam, distances = _beam(str(_field(fields, "geometry", where)), where)
-    distances = [number(key) for key in distances]
     truth, noise_std = fields.get("truth"), fields.get("noise_std")
     if truth is not None: truth = _pixels(_real(f"{where}: truth", truth, (full, full)), size)
     if noise_std is not None: noise_std = number("noise_std", zero=True) / group**0.5
     held_out, unit, name = (fields.get(*item) for item in (("held_out", ()), ("unit", ""), ("name", Path(where).stem)))
     try:
-        radians = np.deg2rad(degrees[index])
-        operator = beam(radians, (size, size), y.shape[1], bin_size, *distances, pixel_size=pixel_size,
+        operator = beam(radians[index], (size, size), y.shape[1], bin_size, *distances, pixel_size=pixel_size,
                         rays_per_bin=rays)
         return Scan(y, operator, truth, noise_std, () if angles else held_out, pixel_size, str(unit), str(name))
     except (TypeError, ValueError) as error: raise ValueError(f"{where}: {error}") from error
@@ -139,6 +139,8 @@ def load_scan(path: str | Path,  # .npz in the documented layout, or htc2022_…
               bins: int | None = None,  # a divisor of the stored number; None: all (.npz) or about 1.1 × size (.mat)
              ) -> Scan:
     """Read a scan from a file; raises ValueError or TypeError, with file and field, for everything malformed.
+
+    Of projections, `angles` are taken with directions evenly spread, repeats only where there are no other directions.
 
     Layout of .npz: `measurement` (angles, bins), line integrals, `angles` in degrees, `geometry` "parallel" or "fan",
     `bin_size`, `pixel_size`, `size`; for "fan" also `source_origin` and `origin_detector`; optional
