@@ -140,13 +140,12 @@ def load_scan(path: str | Path,  # .npz in the documented layout, or htc2022_…
              ) -> Scan:
     """Read a scan from a file; raises ValueError or TypeError, with file and field, for everything malformed.
 
-    Of projections, `angles` are taken with directions evenly spread, repeats only where there are no other directions.
-
     Layout of .npz: `measurement` (angles, bins), line integrals, `angles` in degrees, `geometry` "parallel" or "fan",
     `bin_size`, `pixel_size`, `size`; for "fan" also `source_origin` and `origin_detector`; optional
     `rays_per_bin`, `truth` (size, size), `noise_std`, `held_out`, `unit`, `name`; no others. Where bins are
     averaged, so are the operator's rays, and `noise_std` is divided by the square root of their number; `held_out`
-    counts the stored projections, so it is left out when `angles` is given.
+    counts the stored projections, so it is left out when `angles` is given. These are evenly spread by direction, and
+    repeats among them only where there are no other directions.
     """
     path = _open(path)
     if path.suffix.lower() == ".npz": return _scan_from(_read_npz(path), str(path), angles, size, bins)
