@@ -199,7 +199,7 @@ class Scan:
         if self.measurement.ndim == 1: return replace(self, held_out=_drawn(count, n))
         if every == 1: which, every = np.arange(count), count  # nothing would be left to fit
         chosen = _spread(every, min(max(round(n * every / count), n > 0), every - 1))
-        return replace(self, held_out=np.flatnonzero(np.isin(which, chosen)))
+        return replace(self, held_out=tuple(np.flatnonzero(np.isin(which, chosen)).tolist()))
 
     def to(self, device: str | torch.device) -> "Scan":
         "The same scan with its tensors on `device`; operators follow the device of what they are given."

@@ -88,21 +88,21 @@ def _scan_from(fields: Mapping, where: str, angles: int | None = None, size: int
     y, degrees = _sinogram(_field(fields, "measurement", where), _field(fields, "angles", where), where)
     few, radians = _whole("angles", len(y) if angles is None else angles, 1, len(y)), np.deg2rad(degrees)
     beam, distances = _beam(str(_field(fields, "geometry", where)), where)
-    pixel_size, bin_size, *distances = map(number, ("pixel_size", "bin_size", *distances))
-    index = _thinned(Geometry(radians, y.shape[1], bin_size, pixel_size, *distances).directions, few)
+    lengths: dict[str, Any] = {key: number(key) for key in ("pixel_size", "bin_size", *distances)}
+    index = _thinned(Geometry(radians, y.shape[1], **lengths).directions, few)
     y, group = _bin(y[index], bins, where)
     full = _whole(f"{where}: size", _field(fields, "size", where))
     size = _whole("size", full if size is None else size, 1, full)
-    pixel_size, bin_size = pixel_size * (full / size), bin_size * group
+    lengths |= dict(pixel_size=lengths["pixel_size"] * (full / size), bin_size=lengths["bin_size"] * group)
     rays = group * _whole(f"{where}: rays_per_bin", fields.get("rays_per_bin", 1))
     truth, noise_std = fields.get("truth"), fields.get("noise_std")
     if truth is not None: truth = _pixels(_real(f"{where}: truth", truth, (full, full)), size)
     if noise_std is not None: noise_std = number("noise_std", zero=True) / group**0.5
     held_out, unit, name = (fields.get(*item) for item in (("held_out", ()), ("unit", ""), ("name", Path(where).stem)))
     try:
-        operator = beam(radians[index], (size, size), y.shape[1], bin_size, *distances, pixel_size=pixel_size,
-                        rays_per_bin=rays)
-        return Scan(y, operator, truth, noise_std, () if angles else held_out, pixel_size, str(unit), str(name))
+        operator = beam(radians[index], (size, size), y.shape[1], **lengths, rays_per_bin=rays)
+        pixel_size, held_out = lengths["pixel_size"], () if angles else held_out
+        return Scan(y, operator, truth, noise_std, held_out, pixel_size, str(unit), str(name))
     except (TypeError, ValueError) as error: raise ValueError(f"{where}: {error}") from error
 
 # %% ../nbs/05_scans.ipynb #a5e357ab
