@@ -69,12 +69,14 @@ def held_out_errors(evidence: Evidence, scale: float = 1.0) -> tuple[Tensor, Ten
     return r, (scale**2 * evidence.held_out_covariance.diagonal().clamp(min=0) + noise).sqrt()
 
 def support(evidence: Evidence) -> float: # 0 to 1
-    "The α that brings α E[r_j | other held-out projections] closest to r_j, in mean square over all j; 0 for one alone."
-    r, projections = evidence.held_out_residual, len(evidence.model.lin.recon.scan.held_out)
-    if projections < 2: return 0.0
+    "The α that brings α E[r_j | held-out projections of other directions] closest to r_j, over all j; 0 for one alone."
+    r, scan = evidence.held_out_residual, evidence.model.lin.recon.scan
+    directions = scan.directions[list(scan.held_out)].repeat(len(r) // len(scan.held_out))
+    if len(set(directions)) < 2: return 0.0
     Q = torch.linalg.inv(evidence.covariance.given(evidence.model.training))
-    each = torch.arange(len(r), device=r.device).chunk(projections)
-    p = r - torch.cat([torch.linalg.solve(Q[j][:, j], (Q @ r)[j]) for j in each])
+    p = r.clone()
+    for j in (torch.from_numpy(directions == d).to(r.device) for d in set(directions)):
+        p[j] -= torch.linalg.solve(Q[j][:, j], (Q @ r)[j])
     return min(max(float(r @ p / (p @ p)), 0.0), 1.0) if p.any() else 0.0
 
 def check_held_out(evidence: Evidence) -> HeldOutCheck:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['shepp_logan', 'ellipses', 'rectangles', 'walnut', 'Scan', 'gaussian_noise', 'poisson_noise', 'simulate',
-           'seen_and_unseen', 'largest_noise', 'rough_image', 'extent', 'negative_range']
+           'seen_and_unseen', 'largest_noise', 'scatter', 'extent', 'negative_range']
 
 # %% ../nbs/04_data.ipynb #ea215972
 import math
@@ -177,14 +177,31 @@ class Scan:
         if self.poisson: _check_counts(self.measurement, self.noise_std)
         put("held_out", _check_held_out(self.held_out, len(self.measurement)))
 
-    def hold_out(self, n: int) -> "Scan":
-        """The same scan with `n` projections kept from fitting, evenly spread, each in the middle of its share.
+    @property
+    def directions(self) -> np.ndarray:  # (projections,)
+        "Number of each projection's direction, which twins share; where the operator knows of none, each has its own."
+        if isinstance(self.operator, RayTransform): return self.operator.geometry.directions
+        return np.arange(len(self.measurement))
 
-        Where the measurement is one row of readings, such as pixels, each is drawn from its share.
+    @property
+    def twins(self) -> int:
+        "How many of the projections held out have a twin, along the same lines, among the others."
+        which, held = self.directions, np.isin(np.arange(len(self.measurement)), self.held_out)
+        return int(np.isin(which[held], which[~held]).sum())
+
+    def hold_out(self, n: int) -> "Scan":
+        """The same scan with the share `n` / all of its directions kept from fitting, with all projections along them.
+
+        They are evenly spread, each in the middle of its share, wherever in the file they are; at least one is kept and
+        one fitted. So these are `n` projections where each direction is measured once. Where the measurement is one row
+        of readings, such as pixels, each of `n` is drawn from its share.
         """
-        count = len(self.measurement)
-        spread = _spread if self.measurement.ndim > 1 else _drawn
-        return replace(self, held_out=spread(count, _whole("n", n, 0, count - 1)))
+        count, which = len(self.measurement), self.directions
+        n, every = _whole("n", n, 0, count - 1), int(which.max()) + 1
+        if self.measurement.ndim == 1: return replace(self, held_out=_drawn(count, n))
+        if every == 1: which, every = np.arange(count), count  # nothing would be left to fit
+        chosen = _spread(every, min(max(round(n * every / count), n > 0), every - 1))
+        return replace(self, held_out=tuple(np.flatnonzero(np.isin(which, chosen)).tolist()))
 
     def apart(self) -> "Scan":
         "The same scan with projections kept from fitting: those that are, or else every sixth."
@@ -234,6 +251,16 @@ class Scan:
 def _spread(count: int, n: int) -> tuple[int, ...]:
     "`n` of `count` positions, evenly spread, each in the middle of its share."
     return tuple(((2 * np.arange(n) + 1) * count // max(2 * n, 1)).tolist())
+
+def _thinned(which: np.ndarray, n: int) -> np.ndarray:
+    "Positions of `n` projections, evenly spread over directions `which`; none twice before each was taken once."
+    order = np.argsort(which, kind="stable")
+    turn = np.arange(len(which)) - np.searchsorted(which[order], which[order])  # 0: the first of its direction
+    turns, chosen = [order[turn == k] for k in range(turn.max() + 1)], []
+    for some in turns:
+        m = min(n - len(chosen), len(some))
+        chosen += some[np.arange(m) * len(some) // max(m, 1)].tolist()
+    return np.sort(chosen)
 
 def _drawn(count: int, n: int) -> tuple[int, ...]:
     "`n` of `count` positions, one drawn from each equal share; always the same ones."
@@ -319,25 +346,26 @@ def _landweber(A: LinearOperator, y: torch.Tensor, doublings: int = 6) -> Iterat
         x = x + A.T(y - A(x)) / direction.norm()
         if step & (step - 1) == 0: yield x
 
-def largest_noise(scan: Scan) -> float:  # in the measurement's unit
-    "The largest standard deviation that the noise can have after what rough images leave of fitted and unseen readings."
-    if not scan.measurement.any(): return 0.0
+def _trials(scan: Scan) -> Iterator[tuple[float, torch.Tensor, torch.Tensor]]:
+    "Of a scan with held-out projections: the limit m / m₁ to σ², a rough image that sets it, and what noise alone makes."
     noise = torch.randn(scan.measurement.shape, generator=torch.Generator().manual_seed(0)).to(scan.measurement)
     fitted, n = scan.training, scan.validation.measurement.numel()
     trial = replace(scan, measurement=noise, noise_std=None, poisson=False)
-    limits = []
     for image, of_noise in _landweber(fitted.operator, torch.stack([fitted.measurement, trial.training.measurement])):
         seen, unseen = seen_and_unseen(scan, image)
-        limits.append((seen + unseen * n / chi2.ppf(0.001, n)) / sum(seen_and_unseen(trial, of_noise)))
-    return 1.05 * math.sqrt(min(limits))
+        m = seen + unseen * n / chi2.ppf(0.001, n)
+        yield m / sum(seen_and_unseen(trial, of_noise)), image, of_noise
+
+def largest_noise(scan: Scan) -> float:  # in the measurement's unit
+    "The largest standard deviation that noise can have after what rough images leave of fitted and unseen readings."
+    return 1.05 * math.sqrt(min(limit for limit, _, _ in _trials(scan))) if scan.measurement.any() else 0.0
+
+def scatter(y: torch.Tensor) -> float:  # of (…, bins), in its unit
+    "The largest noise, not shared by neighbours, that second differences of bins allow; infinite for less than 3 bins."
+    second = (y[..., :-2] - 2 * y[..., 1:-1] + y[..., 2:]).double()
+    return float(second.square().mean().sqrt()) / 6**0.5 if second.numel() else math.inf
 
 # %% ../nbs/04_data.ipynb #bc570006
-def rough_image(scan: Scan) -> torch.Tensor:  # of the operator's domain_shape
-    "Conjugate gradients on the fitted readings, after the 1, 2, 4, 8 or 16 steps that leave least of all readings."
-    part = scan.training
-    images = [cgls(part.operator, part.measurement, steps) for steps in (1, 2, 4, 8, 16)]
-    return min(images, key=lambda image: sum(seen_and_unseen(scan, image)))
-
 def extent(x: torch.Tensor) -> float:
     "How far the values of an image go up: to their 99 % quantile, or their maximum where that is twice as large."
     typical, peak = float(x.quantile(0.99)), float(x.max())
@@ -345,11 +373,14 @@ def extent(x: torch.Tensor) -> float:
 
 def negative_range(scan: Scan) -> tuple[float, float] | None:  # lowest value of the image, and its range above that
     "Where the readings ask for an image below zero: from where to where it goes, roughly. Otherwise None."
-    if scan.poisson or len(scan.measurement) < 2: return None
+    if scan.poisson or len(scan.measurement) < 2 or not scan.measurement.any(): return None
+    of_positive = scan.fingerprint()
+    if of_positive.min() < -1e-3 * of_positive.abs().max(): return None
     scan = scan.apart()
-    x = rough_image(scan)
-    share = float(x.clamp(max=0).square().sum() / x.square().sum().clamp_min(1e-30))
-    without, free = (math.sqrt(sum(seen_and_unseen(scan, image))) for image in (x.clamp(min=0), x))
-    if share < 0.1 or (without / free - 1) * share < 0.08: return None
+    _, image, of_noise = min(_trials(scan), key=lambda trial: trial[0])
+    noise = min(scatter(scan.measurement), scan.noise_std or math.inf)
+    below = image.clamp(max=0).square().sum() - noise**2 * of_noise.square().sum() / 2
+    if not below > 0.1 * image.square().sum(): return None
+    x = cgls(scan.training.operator, scan.training.measurement, 10)
     low, high = extent(-x), max(extent(x), 0.0)
     return -low, low + high

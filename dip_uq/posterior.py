@@ -34,7 +34,7 @@ class Posterior:
                  share: float = 1.0, # how much of what the held-out rays add to the image is added
                 ):
         if not 0 < scale < math.inf: raise ValueError(f"scale: {scale} must be positive and finite; 1 changes nothing")
-        if not 0 <= share <= 1: raise ValueError(f"share: {share} must be between 0 (the fit) and 1 (the mean given all)")
+        if not 0 <= share <= 1: raise ValueError(f"share: {share} must be from 0, the fit, to 1, the mean given all")
         self.evidence, self.model, self.lin = evidence, evidence.model, evidence.model.lin
         self.scale, self.share = scale, share
 

@@ -156,6 +156,16 @@ class Geometry:
         "(bins,) place of each bin's centre along the detector."
         return (np.arange(self.bins) - (self.bins - 1) / 2) * self.bin_size
 
+    @property
+    def directions(self) -> np.ndarray:
+        """(n,) number of each projection's direction, anticlockwise from the smallest angle; twins share a number.
+
+        Twins are projections whose rays lie less than a pixel apart as far out as the detector looks.
+        """
+        reach = self.bins * self.bin_size * self.shrink / 2
+        wide = self.fan and reach**2 / self.source_origin > self.pixel_size  # else opposite views are twins
+        return _directions(self.angles, 2 * np.pi if wide else np.pi, self.pixel_size / reach)[0]
+
     def rays(self,
              reach: float  # parallel rays start and end this far from the centre
             ) -> tuple:  # starts and ends, each (angles, bins * rays_per_bin, 2) with (x, y)
@@ -233,6 +243,20 @@ def _ray_transform(geometry, shape):
         matrix = sp.csr_array((np.full(readings * k, 1 / k), rows, starts)) @ matrix
     return RayTransform(matrix, shape, geometry)
 
+# %% ../nbs/03_rays.ipynb #89990237
+def _directions(angles, period, limit=1e-6):
+    "Number of each angle's direction from the smallest angle on, those within `limit` sharing one; where these are."
+    way = np.mod(angles - angles.min(), period)
+    order = np.argsort(way)
+    limit = np.clip(way.max() / (4 * len(way)), 1e-6, max(limit, 1e-6))
+    first = np.diff(way[order], prepend=-period) > limit
+    which, places = np.empty(len(way), int), way[order][first]
+    which[order] = np.cumsum(first) - 1
+    if len(places) > 1 and way.max() > period - limit:  # round the circle: the last belong to the first
+        which, places = which % (len(places) - 1), places[:-1]
+    return which, places
+
+
 # %% ../nbs/03_rays.ipynb #6ca71f78
 def field_of_view(A: LinearOperator) -> torch.Tensor:  # domain_shape, bool
     "The pixels that every projection (index along the first axis of a measurement) sees."
@@ -245,20 +269,16 @@ def _angle_shares(angles, period):
 
     `period` itself where the angles go all the way round; all in radians.
     """
-    turned = np.sort(np.mod(angles, period))
-    widest = np.diff(turned, append=turned[0] + period).argmax()
-    way = np.mod(angles - turned[(widest + 1) % len(turned)] + 1e-6, period)  # the widest gap comes last
-    order = np.argsort(way)
-    first = np.diff(way[order], prepend=-1) > 1e-6  # of the repeats of a direction
-    which, places = np.empty(len(way), int), way[order][first]
-    which[order] = np.cumsum(first) - 1
+    which, places = _directions(angles, period)
     gaps = np.diff(places, append=places[0] + period)
+    first = (gaps.argmax() + 1) % len(gaps)  # so that the widest gap comes last
+    which, gaps, places = (which - first) % len(gaps), np.roll(gaps, -first), np.roll(places, -first)
     limited = len(gaps) > 1 and gaps[-1] > 3.5 * gaps[:-1].max() + 1e-6
     before = np.roll(gaps, 1)
     if limited: before[0], gaps[-1] = gaps[0], gaps[-2]  # the ends reach outwards as far as inwards
-    shares = (before + gaps) / 2
+    shares, way = (before + gaps) / 2, np.mod(places - places[0], period) + before[0] / 2
     arc = min(shares.sum(), period)
-    return (shares / np.bincount(which))[which], way - places[0] + before[0] / 2, arc
+    return (shares / np.bincount(which))[which], way[which], arc
 
 
 def _counts(g, way, arc):

@@ -23,8 +23,8 @@ import torch
 from numpy.typing import ArrayLike
 from scipy.io import loadmat
 
-from .data import Scan, _pixels, _positive, _real, _whole
-from .rays import RayTransform, fan_beam, parallel_beam
+from .data import Scan, _pixels, _positive, _real, _thinned, _whole
+from .rays import Geometry, RayTransform, fan_beam, parallel_beam
 
 # %% ../nbs/05_scans.ipynb #35cf857d
 def save_scan(scan: Scan,  # of a `parallel_beam` or `fan_beam` with a square image
@@ -86,23 +86,23 @@ def _scan_from(fields: Mapping, where: str, angles: int | None = None, size: int
     _check_known(fields, where)
     number = partial(_number, fields, where)
     y, degrees = _sinogram(_field(fields, "measurement", where), _field(fields, "angles", where), where)
-    index = np.arange(n := _whole("angles", len(y) if angles is None else angles, 1, len(y))) * len(y) // n
+    few, radians = _whole("angles", len(y) if angles is None else angles, 1, len(y)), np.deg2rad(degrees)
+    beam, distances = _beam(str(_field(fields, "geometry", where)), where)
+    lengths: dict[str, Any] = {key: number(key) for key in ("pixel_size", "bin_size", *distances)}
+    index = _thinned(Geometry(radians, y.shape[1], **lengths).directions, few)
     y, group = _bin(y[index], bins, where)
     full = _whole(f"{where}: size", _field(fields, "size", where))
     size = _whole("size", full if size is None else size, 1, full)
-    pixel_size, bin_size = number("pixel_size") * (full / size), number("bin_size") * group
+    lengths |= dict(pixel_size=lengths["pixel_size"] * (full / size), bin_size=lengths["bin_size"] * group)
     rays = group * _whole(f"{where}: rays_per_bin", fields.get("rays_per_bin", 1))
-    beam, distances = _beam(str(_field(fields, "geometry", where)), where)
-    distances = [number(key) for key in distances]
     truth, noise_std = fields.get("truth"), fields.get("noise_std")
     if truth is not None: truth = _pixels(_real(f"{where}: truth", truth, (full, full)), size)
     if noise_std is not None: noise_std = number("noise_std", zero=True) / group**0.5
     held_out, unit, name = (fields.get(*item) for item in (("held_out", ()), ("unit", ""), ("name", Path(where).stem)))
     try:
-        radians = np.deg2rad(degrees[index])
-        operator = beam(radians, (size, size), y.shape[1], bin_size, *distances, pixel_size=pixel_size,
-                        rays_per_bin=rays)
-        return Scan(y, operator, truth, noise_std, () if angles else held_out, pixel_size, str(unit), str(name))
+        operator = beam(radians[index], (size, size), y.shape[1], **lengths, rays_per_bin=rays)
+        pixel_size, held_out = lengths["pixel_size"], () if angles else held_out
+        return Scan(y, operator, truth, noise_std, held_out, pixel_size, str(unit), str(name))
     except (TypeError, ValueError) as error: raise ValueError(f"{where}: {error}") from error
 
 # %% ../nbs/05_scans.ipynb #a5e357ab
@@ -144,7 +144,8 @@ def load_scan(path: str | Path,  # .npz in the documented layout, or htc2022_…
     `bin_size`, `pixel_size`, `size`; for "fan" also `source_origin` and `origin_detector`; optional
     `rays_per_bin`, `truth` (size, size), `noise_std`, `held_out`, `unit`, `name`; no others. Where bins are
     averaged, so are the operator's rays, and `noise_std` is divided by the square root of their number; `held_out`
-    counts the stored projections, so it is left out when `angles` is given.
+    counts the stored projections, so it is left out when `angles` is given. These are evenly spread by direction, and
+    repeats among them only where there are no other directions.
     """
     path = _open(path)
     if path.suffix.lower() == ".npz": return _scan_from(_read_npz(path), str(path), angles, size, bins)

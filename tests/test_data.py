@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pooch
 import pytest
+import scipy.sparse as sp
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,9 +18,9 @@ from scipy.io import loadmat, savemat
 from skimage.transform import resize_local_mean
 
 import dip_uq.scans as scans
-from dip_uq.data import Scan, ellipses, gaussian_noise, poisson_noise, rectangles, shepp_logan, simulate, walnut
+from dip_uq.data import Scan, _thinned, ellipses, gaussian_noise, poisson_noise, rectangles, shepp_logan, simulate, walnut
 from dip_uq.operators import MatrixOperator, as_operator, mask
-from dip_uq.rays import fan_beam, parallel_beam
+from dip_uq.rays import Geometry, RayTransform, fan_beam, parallel_beam
 from dip_uq.scans import load_htc2022, load_scan, save_scan
 
 HTC = Path(os.environ.get("DIP_UQ_DATA", "none")) / "htc2022"
@@ -98,6 +99,114 @@ def test_parts_explain_their_measurements():
     scan = simulate(truth, A, noise=0).hold_out(4)
     for part in scan.training, scan.validation:
         torch.testing.assert_close(part.operator(truth), part.measurement)
+
+
+# Directions: position in a file means nothing
+
+PERIOD = dict(parallel=180, fan=360)
+
+def scan_of(kind, degrees, bins=200):
+    "A scan with these angles, whose readings do not matter: half a degree apart its rays part by 0.9 pixels at the rim."
+    g = Geometry(np.deg2rad(degrees), bins, 1., 1., *([600., 300.] if kind == "fan" else []))
+    return Scan(np.zeros((len(degrees), bins)), RayTransform(sp.csr_array((len(degrees) * bins, 4)), (2, 2), g))
+
+
+@st.composite
+def repeated_angles(draw):
+    "Some of 40 directions, each measured once or more, in any order, a few turns (or half ones, parallel) on."
+    kind = draw(st.sampled_from(sorted(PERIOD)))
+    one = draw(st.lists(st.integers(0, 39), min_size=2, max_size=20, unique=True))
+    steps = draw(st.permutations(one + draw(st.lists(st.sampled_from(one), max_size=20))))
+    turns = draw(st.lists(st.integers(-3, 3), min_size=len(steps), max_size=len(steps)))
+    return kind, np.array(steps) * PERIOD[kind] / 40 + np.array(turns) * PERIOD[kind], draw(st.permutations(range(len(steps))))
+
+
+def along(kind, degrees): return np.round(degrees * 40 / PERIOD[kind]).astype(int) % 40
+
+
+@settings(deadline=None)
+@given(repeated_angles(), st.floats(0, 1))
+def test_whole_directions_are_held_out_in_any_order(scanned, share):
+    kind, degrees, order = scanned
+    n = round(share * (len(degrees) - 1))
+    scan, other = (scan_of(kind, d).hold_out(n) for d in (degrees, degrees[list(order)]))
+    where = along(kind, degrees)
+    held, fitted = set(where[list(scan.held_out)]), set(np.delete(where, scan.held_out))
+    assert not held & fitted and scan.twins == 0
+    assert len(held) == min(max(round(n * len(set(where)) / len(where)), n > 0), len(set(where)) - 1)
+    assert held == set(along(kind, degrees[list(order)])[list(other.held_out)])
+
+
+@settings(deadline=None)
+@given(repeated_angles(), st.floats(0, 1))
+def test_thinning_takes_directions_evenly_in_any_order(scanned, share):
+    kind, degrees, order = scanned
+    n = 1 + round(share * (len(degrees) - 1))
+    times = []
+    for d in degrees, degrees[list(order)]:
+        which = along(kind, d)
+        chosen = _thinned(scan_of(kind, d).directions, n)
+        assert len(set(chosen)) == n
+        times.append(np.bincount(which[chosen], minlength=40))
+    assert np.array_equal(*times)
+    stored, k = np.bincount(along(kind, degrees), minlength=40), times[0].max()
+    assert (times[0] >= np.minimum(stored, k - 1)).all()  # none has k before each has k - 1, as far as there are so many
+
+
+@given(st.sampled_from(sorted(PERIOD)), st.integers(2, 400), st.floats(0, 360), st.floats(0.1, 1), st.floats(0, 1))
+def test_angles_in_order_measured_once_go_by_position(kind, count, start, part, share):
+    degrees = start + np.arange(count) / count * PERIOD[kind] * part
+    n = round(share * (count - 1))
+    scan = scan_of(kind, degrees).hold_out(n)
+    assert scan.held_out == tuple((2 * k + 1) * count // (2 * n) for k in range(n))
+    np.testing.assert_array_equal(_thinned(scan.directions, n), np.arange(n) * count // max(n, 1))
+
+
+@pytest.mark.parametrize("kind, offset, twins", [
+    ("parallel", 180, True), ("parallel", 180.02, True), ("parallel", 181, False), ("parallel", 360, True),
+    ("fan", 180, False), ("fan", 360.02, True), ("fan", 361, False)])
+def test_what_twins_are(kind, offset, twins):
+    degrees = np.arange(0, 160, 16.)
+    "At the rim, 0.02° are 0.03 pixels and 1° is 1.7."
+    assert scan_of(kind, np.append(degrees, degrees + offset)).directions.max() + 1 == (10 if twins else 20)
+
+
+def test_opposite_views_of_a_narrow_fan_are_twins():
+    "The rays of opposite views part by up to 12² pixels over the distance: half a pixel, or two."
+    opposite = np.arange(20) * np.pi / 10
+    far, near = (Geometry(opposite, 24, 1., 1., distance, 1e-6).directions for distance in (288., 72.))
+    assert far.tolist() == 2 * list(range(10)) and near.tolist() == list(range(20))
+
+
+def test_one_direction_alone_is_held_out_by_position_and_told():
+    scan = scan_of("parallel", [30., 210., 30., 390.]).hold_out(1)
+    assert (scan.held_out, scan.twins) == ((2,), 1)
+
+
+STEPS = np.arange(0, 180, 3)
+TO_THIN = {"interlaced": (np.concatenate([STEPS[k::15] for k in range(15)]), 15, STEPS[::4]),
+           "two turns": (np.arange(60) * 12, 20, np.arange(30)[np.arange(20) * 30 // 20] * 12 % 180),
+           "full turn": (np.arange(60) * 6, 30, np.arange(30) * 6)}
+
+
+@pytest.mark.parametrize("case", TO_THIN)
+def test_files_are_thinned_by_direction(case, tmp_path):
+    "By position, interlaced angles gave 0 … 42° only, and two turns of 12° ten directions for twenty angles."
+    degrees, n, expected = TO_THIN[case]
+    np.savez(tmp_path / "scan.npz", measurement=np.outer(degrees, np.ones(24)), angles=degrees, geometry="parallel", bin_size=1,
+             pixel_size=1, size=24)
+    scan = load_scan(tmp_path / "scan.npz", angles=n)
+    found = np.rad2deg(scan.operator.angles)
+    np.testing.assert_allclose(scan.measurement[:, 0], found, rtol=1e-6, atol=1e-5)  # each with its own readings
+    if case != "two turns": assert np.round(sorted(found % 180)).tolist() == sorted(expected)
+    else: assert len(set(np.round(found % 180))) == 15  # of a parallel beam there are no more
+
+
+def test_two_turns_of_a_fan_are_thinned_as_one(tmp_path):
+    np.savez(tmp_path / "scan.npz", measurement=np.ones((60, 24)), angles=np.arange(60) * 12, geometry="fan", bin_size=1,
+             pixel_size=1, size=24, source_origin=60, origin_detector=30)
+    found = np.rad2deg(load_scan(tmp_path / "scan.npz", angles=20).operator.angles)
+    assert sorted(np.round(found) % 360) == [12 * (k * 30 // 20) for k in range(20)]
 
 
 # Phantoms and noise
