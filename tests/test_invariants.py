@@ -1,0 +1,96 @@
+"What no scan may do to a result, whatever is told of its noise and in whatever order it was measured."
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dip_uq.data import Scan, simulate, walnut
+from dip_uq.dip import psnr
+from dip_uq.networks import UNet
+from dip_uq.pipeline import solve
+from dip_uq.rays import fan_beam, parallel_beam
+
+few = settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+FAN = dict(source_origin=60, origin_detector=30)
+BEAMS = {"parallel": lambda angles: parallel_beam(angles, (20, 20), 29),
+         "fan": lambda angles: fan_beam(2 * angles, (20, 20), 29, 1.4, **FAN)}
+TURN = np.arange(14) * np.pi / 14
+
+
+def solved(scan, **options): return solve(scan, UNet(2, 8), iterations=150, progress=False, **options)
+
+
+def flipped(y): return y.flip(1)
+
+def dead(y): return y.where(torch.arange(y.shape[1]) != 12, 0)
+
+def whole(y): return y
+
+
+@few
+@given(st.sampled_from(list(BEAMS)), st.sampled_from([0.02, 0.1, 0.3]), st.integers(0, 99),
+       st.floats(-1, 1).map(lambda x: 30**x) | st.none(), st.sampled_from([whole, whole, flipped, dead]))
+def test_the_image_is_not_worse_than_the_fit(beam, noise, seed, factor, fault):
+    "By more than half a decibel, whatever is told of the noise; and a fault is told."
+    scan = simulate(walnut(20, seed), BEAMS[beam](TURN), noise, seed)
+    told = None if factor is None else factor * scan.noise_std
+    found = solved(replace(scan, measurement=fault(scan.measurement), noise_std=told))
+    assert psnr(found.image, scan.truth) > psnr(found.recon.image, scan.truth) - 0.5
+    assert (found.std > 0).all() and found.std.isfinite().all() and float(found.image.std()) > 0
+    if factor is not None and factor < 0.1: assert "times noise_std" in str(found.doubts)
+    if factor is not None and factor > 20: assert "as large as it can be" in str(found.doubts)
+
+
+@cache
+def as_it_is(beam):
+    "A scan, two results of it by other random weights, and how far the images are apart."
+    scan = simulate(walnut(20, 1), BEAMS[beam](TURN), 0.02, 1)
+    results = [solved(scan, seed=seed) for seed in range(2)]
+    return scan, results[0], float((results[0].image - results[1].image).square().mean().sqrt())
+
+
+def reordered(scan, beam, order, half, whole_turns):
+    "The same projections in another order, some of them half a turn on (parallel) and mirrored, or whole turns on."
+    angles, y = scan.operator.angles[order] + 2 * np.pi * whole_turns, scan.measurement[order]
+    if beam == "parallel":
+        angles = angles + np.pi * half
+        y = torch.stack([v.flip(0) if turned else v for v, turned in zip(y, half)])
+    A = BEAMS[beam](angles / (1 if beam == "parallel" else 2))
+    return Scan(y, A, scan.truth, scan.noise_std)
+
+
+@few
+@given(st.sampled_from(list(BEAMS)), st.permutations(range(14)), st.lists(st.booleans(), min_size=14, max_size=14),
+       st.lists(st.integers(-1, 2), min_size=14, max_size=14))
+def test_position_in_a_file_means_nothing(beam, order, half, whole_turns):
+    "Neither for the image, beyond what other random weights make of it, nor for the error bars."
+    scan, first, scatter = as_it_is(beam)
+    found = solved(reordered(scan, beam, list(order), np.array(half), np.array(whole_turns)))
+    assert float((found.image - first.image).square().mean().sqrt()) < 2 * scatter
+    assert 1 / 1.5 < float(found.std.mean() / first.std.mean()) < 1.5
+
+
+@few
+@given(st.sampled_from(list(BEAMS)), st.integers(1, 3))
+def test_a_turned_object_is_the_same_object(beam, quarters):
+    scan, first, scatter = as_it_is(beam)
+    A = BEAMS[beam]((scan.operator.angles + quarters * np.pi / 2) / (1 if beam == "parallel" else 2))
+    found = solved(Scan(scan.measurement, A, scan.truth.rot90(quarters), scan.noise_std))
+    back = found.image.rot90(-quarters)
+    assert float((back - first.image).square().mean().sqrt()) < 2 * scatter
+    assert 1 / 1.5 < float(found.std.mean() / first.std.mean()) < 1.5
+
+
+@few
+@given(st.sampled_from(list(BEAMS)), st.lists(st.integers(0, 13), min_size=1, max_size=14), st.integers(0, 99))
+def test_repeated_projections_do_no_harm(beam, again, seed):
+    "New readings of the same lines: the image is as good or better, the bars at most as long or a little shorter."
+    scan, first, scatter = as_it_is(beam)
+    A = scan.operator[list(range(14)) + again]
+    y = torch.cat([scan.measurement, simulate(scan.truth, A, 0.02, seed).measurement[14:]])
+    found = solved(Scan(y, A, scan.truth, scan.noise_std))
+    assert float((found.image - first.image).square().mean().sqrt()) < 2 * scatter
+    assert 1 / 1.6 < float(found.std.mean() / first.std.mean()) < 1.5
