@@ -10,6 +10,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from threading import RLock
 
 import numpy as np
 import torch
@@ -19,11 +20,17 @@ from torch import Tensor, nn
 from .data import _whole
 
 # %% ../nbs/06_networks.ipynb #ea01e7d8
+_GENERATOR = RLock() # of whoever has set torch's global generator
+
 @contextmanager
 def seeded(seed: int # a whole number, 0 or more
           ) -> Iterator[None]:
-    "Inside, torch draws from `seed` on the CPU; afterwards its global random state is as it was."
-    with torch.random.fork_rng(devices=[]):
+    """Inside, torch draws from `seed` on the CPU; afterwards its global random state is as it was.
+
+    One thread at a time: others wait, so that results do not depend on them. Only what draws from the global generator
+    in another thread without it, in the meantime, is not kept out.
+    """
+    with _GENERATOR, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(_whole("seed", seed, 0))
         yield
 

@@ -1,5 +1,6 @@
 """The deep image prior: what is too bulky for its notebook. Every rule, operator, interruption and file."""
 import multiprocessing
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -223,15 +224,27 @@ def test_killed_twenty_times(tmp_path):
 @pytest.mark.parametrize("stop", STOPS)
 @pytest.mark.parametrize("at", [3, 120, 149])
 def test_resumed_at_any_iterate(stop, at, tmp_path, monkeypatch):
-    monkeypatch.setattr(dip, "every", lambda seconds, act: lambda run: run.iteration == at and act(run))
     scan, net = simulate(TRUTH, RAYS.operator, noise=0.05), nn.Sequential(UNet(2, 4), nn.Dropout(0.05))
     options = OPTIONS | dict(stop=stop)
-    whole = reconstruct(scan, net, resume=tmp_path / "state", **options)
-    if not (tmp_path / "state").exists(): return  # the discrepancy was reached before
+    whole = reconstruct(scan, net, **options)
+
+    def cut(seconds, act):
+        def look(run):
+            if run.iteration == at:
+                act(run)
+                raise RuntimeError("power cut")
+        return look
+
+    with monkeypatch.context() as patched, suppress(RuntimeError):
+        patched.setattr(dip, "every", cut)
+        reconstruct(scan, net, resume=tmp_path / "state", **options)
+        return  # the discrepancy was reached before
     assert load_tensors(tmp_path / "state")[1]["iteration"] == at
     resumed = reconstruct(scan, net, resume=tmp_path / "state", **options)
     assert_same(resumed, whole)
     for key in whole.history: np.testing.assert_array_equal(resumed.history[key], whole.history[key])
+    again = reconstruct(scan, net, resume=tmp_path / "state", **options)
+    assert_same(again, whole)
 
 
 def test_states_are_seldom_and_cheap(monkeypatch):
