@@ -172,7 +172,9 @@ class Linearization:
     def digest(self) -> str:
         "Of all that this model depends on: network, input, scan, rays held out, free pixels."
         tensors, about = self.recon.parts()
-        return digest(tensors if self.pixels is None else tensors | {FREE: self.pixels}, about["held_out"])
+        if self.pixels is not None: tensors[FREE] = self.pixels
+        seen = {k: tensors[k] for k in sorted(tensors) if not k.startswith("history.")}
+        return digest(seen, about["held_out"])
 
     def piece(self, name: str, make: Callable[[], dict[str, Tensor]],
               tensors: dict[str, Tensor], *about: Any, # what it depends on, beside this model

@@ -205,7 +205,6 @@ def run_with_state(path):
 def test_killed_twenty_times(tmp_path):
     "A process that is killed at random moments comes to an end, and to the bits of one that was left alone."
     processes, state = multiprocessing.get_context("forkserver"), tmp_path / "state"
-    processes.set_forkserver_preload(["test_dip"])
     rng, kills = np.random.default_rng(0), 0
     for _ in range(40):
         process = processes.Process(target=run_with_state, args=(state,))
