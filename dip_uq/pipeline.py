@@ -395,6 +395,6 @@ def headline(summary: dict) -> str:
     if summary["psnr"] is not None:
         for where, scores in (("all pixels", summary), ("field of view", summary["field_of_view"])):
             if scores is None: continue
-            line = "{}  ·  PSNR {psnr:.1f} dB" + bars * "  ·  z-std {zstd:.2f}  ·  coverage of 95 % intervals {coverage95:.2f}"
-            lines.append(line.format(where, **scores))
+            said = "  ·  z-std {zstd:.2f}  ·  coverage of 95 % intervals {coverage95:.2f}" * bars
+            lines.append(f"{where}  ·  PSNR {scores['psnr']:.1f} dB" + said.format(**scores))
     return "\n".join(lines)
