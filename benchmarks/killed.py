@@ -21,8 +21,9 @@ from dip_uq.files import load_tensors
 
 # The state of the fit is written as often as possible, so that every run has something to go on from
 CHILD = """
-import sys
+import signal, sys
 from dip_uq import dip
+signal.signal(signal.SIGINT, signal.default_int_handler) # where this runs in the background, it is ignored
 dip.STATE_SECONDS = 0.5
 from dip_uq.cli import main
 print("ready", flush=True)
