@@ -1,4 +1,5 @@
 """pytest runs every notebook of nbs/ as one test, by nbdev's own rules and in this process."""
+import multiprocessing
 import os
 import random
 import sys
@@ -19,6 +20,7 @@ from nbdev.config import get_config
 
 from tools.execute import tidy
 
+multiprocessing.set_forkserver_preload(["dip_uq.cli"])  # so that processes which tests start need not import it
 torch.set_num_threads(1)  # as in tools/execute.py: the same rounding, and small problems gain nothing from more
 NBS = Path(__file__).resolve().parent / "nbs"
 

@@ -69,7 +69,7 @@ def held_out_errors(evidence: Evidence, scale: float = 1.0) -> tuple[Tensor, Ten
     return r, (scale**2 * evidence.held_out_covariance.diagonal().clamp(min=0) + noise).sqrt()
 
 def support(evidence: Evidence) -> float: # 0 to 1
-    "The α that brings α E[r_j | held-out projections of other directions] closest to r_j, over all j; 0 for one alone."
+    "The α, less its standard error, that brings α E[r_j | held-out projections of other directions] closest to r_j."
     r, scan = evidence.held_out_residual, evidence.model.lin.recon.scan
     directions = scan.directions[list(scan.held_out)].repeat(len(r) // len(scan.held_out))
     if len(set(directions)) < 2: return 0.0
@@ -77,7 +77,8 @@ def support(evidence: Evidence) -> float: # 0 to 1
     p = r.clone()
     for j in (torch.from_numpy(directions == d).to(r.device) for d in set(directions)):
         p[j] -= torch.linalg.solve(Q[j][:, j], (Q @ r)[j])
-    return min(max(float(r @ p / (p @ p)), 0.0), 1.0) if p.any() else 0.0
+    alpha, length = float(r @ p / p.norm().clamp_min(1e-300)**2), float(p.norm().clamp_min(1e-300))
+    return min(max(alpha - float((r - alpha * p).norm()) / (math.sqrt(len(r)) * length), 0.0), 1.0)
 
 def check_held_out(evidence: Evidence) -> HeldOutCheck:
     """Compare what was held out with its prediction, and find s² = (mean r_h² − σ_y²) / mean diag(A_h Σ_{x|y_t} A_hᵀ).

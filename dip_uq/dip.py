@@ -5,13 +5,11 @@
 # %% auto #0
 __all__ = ['STARTS', 'STOPS', 'STATE_SECONDS', 'FIGURE_SECONDS', 'SHARE', 'total_variation', 'psnr', 'first_guess', 'picture',
            'misfit', 'Run', 'descend', 'moving_variance', 'score', 'choose_iterate', 'Reconstruction',
-           'check_same_scan', 'revive', 'optimizer_tensors', 'restore_optimizer', 'run_tensors', 'restore_run', 'every',
-           'keep_state', 'draw_run', 'follow', 'noise_level', 'tv_for_noise', 'digest', 'check_arguments',
-           'reconstruct']
+           'check_same_scan', 'revive', 'run_tensors', 'restore_run', 'every', 'keep_state', 'draw_run', 'follow',
+           'noise_level', 'tv_for_noise', 'check_arguments', 'reconstruct']
 
 # %% ../nbs/07_dip.ipynb #3b50f94f
 import copy
-import hashlib
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,8 +25,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .data import Scan, _check_peak, _positive, _real, _whole, extent, negative_range
-from .files import load_tensors, named, save_tensors
-from .networks import NETWORKS, UNet, fresh, seeded
+from .files import digest, keep_tensors, load_tensors, named, save_tensors
+from .networks import NETWORKS, UNet, fresh, optimizer_tensors, restore_optimizer, seeded
 from .operators import blur, cgls
 from .plotting import show_image
 from .rays import fbp
@@ -116,8 +114,9 @@ def descend(run: Run, z: Tensor, scale: float, scan: Scan, tv: float, jitter: fl
     fitted[list(scan.held_out)] = False
     power = y[fitted].mean() if scan.poisson else y[fitted].square().mean()
     for i in range(run.iteration, run.iterations):
-        torch.default_generator.manual_seed((run.seed << 32) + i)  # chance depends on the iteration, not on the past
-        x = picture(run.net, z + jitter * torch.randn(z.shape).to(z) if jitter else z) + lowest / scale
+        chance = (run.seed << 32) + i # depends on the iteration, not on the past
+        noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(chance)).to(z) if jitter else 0.0
+        with seeded(chance): x = lowest / scale + picture(run.net, z + jitter * noise) # a network may draw, by dropout
         error = misfit(scan.operator(x), y, scan.poisson) / power
         data, variation = error[fitted].mean(), total_variation(x)
         loss = data + tv * variation
@@ -235,15 +234,6 @@ def revive(net: nn.Module | None, weights: dict[str, Tensor], name: str, setting
     return net.eval()
 
 # %% ../nbs/07_dip.ipynb #88787321
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    "The running averages of Adam, named adam.PARAMETER.AVERAGE."
-    return {f"adam.{i}.{k}": v for i, s in optimizer.state_dict()["state"].items() for k, v in s.items()}
-
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], groups: list[dict]) -> None:
-    "Put back what `optimizer_tensors` gave, and the options of its `groups` of parameters."
-    averages = {int(i): named(tensors, f"adam.{i}.") for i in {k.split(".")[0] for k in named(tensors, "adam.")}}
-    optimizer.load_state_dict(dict(state=averages, param_groups=groups))
-
 def run_tensors(run: Run) -> dict[str, Tensor]:
     "The tensors of a run before its present iterate is recorded."
     past, recent = run.history[:run.iteration], list(run.recent)[:-1]
@@ -264,7 +254,7 @@ def restore_run(run: Run, tensors: dict[str, Tensor], about: dict) -> None:
     run.recent.extend(tensors.get("recent", ()))
 
 # %% ../nbs/07_dip.ipynb #5c93414f
-STATE_SECONDS, FIGURE_SECONDS = 30.0, 1.0 # between two states on disk, between two drawings
+STATE_SECONDS, FIGURE_SECONDS = 10.0, 1.0 # between two states on disk, between two drawings
 SHARE = 0.02 # of all time that each of them may take
 
 def every(seconds: float, act: Callable[..., None]) -> Callable[..., None]:
@@ -282,24 +272,26 @@ def every(seconds: float, act: Callable[..., None]) -> Callable[..., None]:
     return act_if_due
 
 def keep_state(run: Run, path: str | Path, scan: Scan, z: Tensor, settings: dict) -> Callable[[Run], None]:
-    "Take up the state in `path`, if it is there and belongs to this run; returns what writes the state now and then."
+    "Take up the state in `path`, if it is there and belongs to this run; returns what writes the state."
     mine = dict(settings=settings, held_out=list(scan.held_out),
                 network=[type(run.net).__name__, getattr(run.net, "settings", None)])
     if Path(path).exists():
         tensors, about = load_tensors(path)
-        if {k: about.get(k) for k in mine} != mine:
+        remedy = "repeat its arguments, scan and network to go on, remove the file to begin anew, or name another"
+        shapes = {k: v.shape for k, v in named(tensors, "net.").items()}
+        if {k: about.get(k) for k in mine} != mine or shapes != {k: v.shape for k, v in run.net.state_dict().items()}:
             raise ValueError(f"resume: {str(path)!r} holds the state of another run, with {about.get('settings')}; "
-                             "repeat its arguments, scan and network, or name another file")
+                             f"{remedy}")
         if not torch.equal(tensors["z"], z.cpu()) or not torch.equal(tensors["measurement"], scan.measurement.cpu()):
-            raise ValueError(f"resume: {str(path)!r} holds the state of a run on another scan; name another file")
+            raise ValueError(f"resume: {str(path)!r} holds the state of a run on another scan; {remedy}")
         scan.check_operator(tensors.get("fingerprint"), f"resume: {str(path)!r}")
         restore_run(run, {k: v.to(z.device) for k, v in tensors.items()}, about)
     known = dict(z=z, measurement=scan.measurement, fingerprint=scan.fingerprint())
     def save(run):
-        save_tensors(path, run_tensors(run) | known, mine | dict(
+        keep_tensors(path, run_tensors(run) | known, mine | dict(
             groups=run.optimizer.state_dict()["param_groups"], schedule=run.schedule.state_dict(),
             iteration=run.iteration, chosen=run.chosen, lowest=run.lowest, usual=run.usual))
-    return every(STATE_SECONDS, save)
+    return save
 
 # %% ../nbs/07_dip.ipynb #62c34806
 def draw_run(run: Run, scan: Scan) -> plt.Figure:
@@ -335,12 +327,6 @@ def tv_for_noise(scan: Scan) -> float:
     return 4 * noise_level(scan) / scan.measurement.numel()
 
 # %% ../nbs/07_dip.ipynb #16a6af29
-def digest(net: nn.Module) -> str:
-    "A fingerprint of the weights: 16 hexadecimal digits that another network does not share."
-    sha = hashlib.sha256()
-    for name, v in net.state_dict().items(): sha.update(name.encode() + v.detach().cpu().numpy().tobytes())
-    return sha.hexdigest()[:16]
-
 def check_arguments(scan: Scan, net: nn.Module | None, stop: str, progress: bool | str, educated: bool) -> None:
     "Raise TypeError or ValueError for arguments of `reconstruct` that cannot work."
     if not isinstance(scan, Scan): raise TypeError(f"scan is a {type(scan).__name__}; make a dip_uq.data.Scan of it")
@@ -378,7 +364,8 @@ def reconstruct(scan: Scan, # what was measured; its truth, if any, is only scor
 
     For counts (`scan.poisson`) the data error is the mean Poisson deviance / mean y. Projections in `scan.held_out` are
     never fitted; where there are none, "heldout" keeps every sixth. KeyboardInterrupt returns the best so far. Raises
-    ValueError or TypeError for arguments that cannot work, a state of another run, and a loss that diverges.
+    ValueError or TypeError for arguments that cannot work, a state of another run, and a loss that diverges. Threads do
+    not disturb each other; their networks take turns at the forward pass, as some of them draw (see `seeded`).
     Sources: Ulyanov et al. 2018, Baguer et al. 2020.
     """
     check_arguments(scan, net, stop, progress, educated)
@@ -388,20 +375,23 @@ def reconstruct(scan: Scan, # what was measured; its truth, if any, is only scor
     if stop == "heldout": scan = scan.apart()
     settings = dict(tv=tv, iterations=iterations, stop=stop, learning_rate=learning_rate, seed=seed,
                     start="image" if isinstance(start, Tensor) else start, jitter=jitter,
-                    weights=digest(net) if educated else "fresh")
-    with seeded(seed):
-        if net is None: net = UNet(dims=len(scan.operator.domain_shape))
-        net = copy.deepcopy(net) if educated else fresh(net, seed)
-        z, scale = first_guess(scan, start, seed, getattr(net, "settings", {}).get("inputs", 1))
-        lowest, scale = negative_range(scan) or (0.0, scale)
-        run, watch = Run(net.to(z), learning_rate, iterations, seed), []
-        if resume is not None: watch.append(keep_state(run, resume, scan, z, settings))
-        if progress == "live": watch.append(follow(scan))
-        bar = tqdm(descend(run, z, scale, scan, tv, jitter, lowest), "DIP", iterations, initial=run.iteration,
-                   disable=not progress)
-        why = choose_iterate(run, bar, stop, noise_level(scan.training), watch)
+                    weights=digest(net.state_dict()) if educated else "fresh")
+    if net is None:
+        with seeded(seed): net = UNet(dims=len(scan.operator.domain_shape))
+    net = copy.deepcopy(net) if educated else fresh(net, seed)
+    z, scale = first_guess(scan, start, seed, getattr(net, "settings", {}).get("inputs", 1))
+    lowest, scale = negative_range(scan) or (0.0, scale)
+    run, watch, save = Run(net.to(z), learning_rate, iterations, seed), [], None
+    if resume is not None:
+        save = keep_state(run, resume, scan, z, settings)
+        watch.append(every(STATE_SECONDS, save))
+    if progress == "live": watch.append(follow(scan))
+    steps = descend(run, z, scale, scan, tv, jitter, lowest)
+    bar = tqdm(steps, "DIP", iterations, initial=run.iteration, disable=not progress)
+    why = choose_iterate(run, bar, stop, noise_level(scan.training), watch)
+    if save and why != "interrupted": save(run) # so that nothing is repeated
     net.load_state_dict(run.weights)
-    with torch.no_grad(): image = lowest + scale * picture(net.eval(), z)
+    with torch.no_grad(), seeded(seed): image = lowest + scale * picture(net.eval(), z)
     history = {k: np.array([losses[k] for losses in run.history]) for k in run.history[0]}
     settings |= dict(iteration=run.chosen, stopped=why)
     return Reconstruction(image, net, z, scale, scan, history, settings, lowest)

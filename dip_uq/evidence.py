@@ -20,6 +20,7 @@ import numpy as np
 import scipy.optimize
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from .covariance import Covariance, Model
 from .data import Scan, seen_and_unseen
@@ -195,6 +196,7 @@ def maximise(model: Model,
              steps: int = 200, # of L-BFGS-B, at most
              tv: TVPrior | None = None, # prior over ℓ_d; None: flat
              theta: Tensor | None = None, # θ̄ of the paper's objective; None: θ*
+             progress: bool = False, # show how many evaluations there were
             ) -> Evidence:
     """Choose the hyperparameters of `model` by the largest evidence: L-BFGS-B on their logarithms, in float64.
 
@@ -207,17 +209,25 @@ def maximise(model: Model,
     if tv is not None: nll = with_tv(nll, tv, model.lin)
     free = np.array([block == FREE for block in model.blocks] + [False] * (len(start) - b))
     network = (np.arange(len(start)) < 2 * b) & ~free
+    given = {} if theta is None else dict(theta=theta)
+    def at(p):
+        value, slope = value_and_gradient(p, model, noise_std, nll)
+        return dict(value=torch.tensor(value, dtype=torch.float64), slope=torch.from_numpy(slope))
     def search(start, hold, tilt): # `hold`: those that stay; `tilt`: slopes of their log prior density
         box = [(v, v) if held else ends for v, held, ends in zip(start, hold, bounds)]
         def evaluate(p):
-            value, slope = value_and_gradient(p, model, noise_std, nll)
+            found = model.lin.piece("evidence", partial(at, p), given | dict(p=torch.from_numpy(p)),
+                                    objective, noise_std, model.blocks, tv is not None)
+            value, slope = found["value"].item(), found["slope"].numpy()
             history.append(-value)
+            bar.update()
             return value - tilt @ p, slope - tilt
         return scipy.optimize.minimize(evaluate, start, method="L-BFGS-B", jac=True, bounds=box,
                                        options=dict(maxiter=steps, gtol=1e-4, ftol=1e-6))
     try:
-        found = search(np.where(free, [low for low, _ in bounds], start), free, 0.0 * free)
-        if free.any(): found = search(np.where(free, start, found.x), network, 0.5 * free)
+        with tqdm(desc="evidence", unit=" evaluations", disable=not progress) as bar:
+            found = search(np.where(free, [low for low, _ in bounds], start), free, 0.0 * free)
+            if free.any(): found = search(np.where(free, start, found.x), network, 0.5 * free)
     except torch.linalg.LinAlgError as e:
         raise ValueError(f"scan.noise_std: {noise_std} is too small beside residuals of "
                          f"{float(model.residual.square().mean().sqrt()):.3g}: K_yy is singular in float64; give the "
@@ -289,7 +299,7 @@ def require_gaussian(scan: Scan) -> None:
 def fit_evidence(lin: Linearization, # made from a reconstruction that holds projections out
                  objective: str = "conditional", # or "joint", or "paper"
                  shared: bool = True, # one variance and length for all blocks, rather than for each
-                 progress: bool = True, # show a progress bar for the rows of AJ
+                 progress: bool = True, # show progress bars
                  tv: bool = False, # with the TV prior over the length scales
                 ) -> Evidence:
     """Choose σ_d² and ℓ_d by the largest evidence, exactly: from class Grams of all rays.
@@ -306,7 +316,7 @@ def fit_evidence(lin: Linearization, # made from a reconstruction that holds pro
     prior = TVPrior.build(lin, model.blocks, progress=progress) if tv else None
     jacobian, theta = perf_counter() - began, None
     if objective == "paper" and any(map(is_normalisation, lin.net.modules())):
-        joint = maximise(model, "joint", noise_std)
+        joint = maximise(model, "joint", noise_std, progress=progress)
         theta = tv_mode(joint, image_tv_strength(lin)) if tv else linear_mode(joint)
-    found = maximise(model, objective, noise_std, tv=prior, theta=theta)
+    found = maximise(model, objective, noise_std, tv=prior, theta=theta, progress=progress)
     return replace(found, seconds=dict(jacobian=jacobian) | found.seconds)

@@ -11,12 +11,15 @@ __all__ = ['FREE', 'with_gradients', 'convolutions', 'is_normalisation', 'check_
 import copy
 import math
 from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .dip import Reconstruction
+from .files import State, digest
 from .networks import seeded
 from .operators import LinearOperator, require_memory
 
@@ -141,7 +144,8 @@ class Linearization:
 
     Has `convs` (the convolutions by name), `pixels` (how far each free pixel moves, (H, W), or None), `filters` (the
     size of the filters of each convolution; free pixels count as filters of one tap), `sizes` (their numbers of
-    weights), `weights` (how many the network has) and `parameters` (how many there are with free pixels).
+    weights), `weights` (how many the network has), `parameters` (how many there are with free pixels), and `state`,
+    where the pieces of long computations are kept (nowhere, until it is given a `State` with a folder).
     Raises ValueError where the network is not covered, or does not give the image of the reconstruction.
     """
     def __init__(self,
@@ -149,6 +153,7 @@ class Linearization:
                  free_pixels: bool | Tensor = False, # may every pixel also move by itself? Or a map (H, W) of how far
                 ):
         self.recon, self.net = recon, copy.deepcopy(recon.net).to(recon.z).requires_grad_(False)
+        self.state = State()
         self.convs, w = convolutions(self.net), pixel_map(free_pixels, recon.image)
         self.pixels = None if w is None else recon.scale * w
         self.filters = {name: tuple(m.kernel_size) for name, m in self.convs.items()}
@@ -162,6 +167,21 @@ class Linearization:
         if not (recon.lowest + recon.scale * out[0, 0] - recon.image).norm() <= 0.01 * recon.image.norm():
             raise ValueError("recon.image: is not what recon.net makes of recon.z; put the network into the mode it "
                              "was fitted in, eval() or train(), and do not change image or weights afterwards")
+
+    @cached_property
+    def digest(self) -> str:
+        "Of all that this model depends on: network, input, scan, rays held out, free pixels."
+        tensors, about = self.recon.parts()
+        if self.pixels is not None: tensors[FREE] = self.pixels
+        seen = {k: tensors[k] for k in sorted(tensors) if not k.startswith("history.")}
+        return digest(seen, about["held_out"])
+
+    def piece(self, name: str, make: Callable[[], dict[str, Tensor]],
+              tensors: dict[str, Tensor], *about: Any, # what it depends on, beside this model
+             ) -> dict[str, Tensor]:
+        "A piece of a long computation with this model, of which `state` keeps what was made before."
+        if self.state.folder is None: return make()
+        return self.state.get(f"{name}-{digest(tensors, self.digest, *about)}", make)
 
     def tapped(self, taps: Sequence[Tensor]) -> Tensor: # (B, H, W)
         "The image when `taps[i]` (B, *shapes[i]) is added to what convolution i puts out."
@@ -234,8 +254,10 @@ class Linearization:
                        "measure fewer rays (angles or bins) or use a network with fewer channels", self.recon.z.device)
         pull = (self.pullback if free_pixels else self.network_pullback)(min(chunk, n))
         out = self.recon.z.new_empty(n, width)
+        seen = dict(A=operator(torch.rand(operator.domain_shape, generator=torch.Generator().manual_seed(0)).to(out)))
         for i in tqdm(range(0, n, chunk), "rows of AJ", disable=not progress):
-            out[i:i + chunk] = pull(operator.T(unit_vectors(shape, range(i, min(i + chunk, n)), out)))
+            def make(): return dict(rows=pull(operator.T(unit_vectors(shape, range(i, min(i + chunk, n)), out))))
+            out[i:i + chunk] = self.piece(f"rows-{i}", make, seen, chunk, width)["rows"]
         return out
 
 # %% ../nbs/13_linearization.ipynb #a77c7cdb
@@ -288,6 +310,7 @@ def block_distances(lin: Linearization,
 def class_grams(lin: Linearization,
                 rows: Tensor, # AJ (n, weights)
                 block: Sequence[str], # names of the convolutions that share hyperparameters
+                progress: bool = False, # show a bar, which counts weights
                ) -> tuple[Tensor, Tensor]: # distances (R,) and Grams (R, n, n), float64
     "G_r = (AJ)(I ⊗ B_r)(AJ)ᵀ over the filters of one block, for each distance r between two taps of a filter."
     _expect("rows", rows, [lin.weights])
@@ -299,7 +322,10 @@ def class_grams(lin: Linearization,
     require_memory(8 * n * ((len(distances) + 2) * n + widest), f"{len(distances)} Grams of {n} rays",
                    "measure fewer rays (angles or bins)", rows.device)
     grams = rows.new_zeros(len(distances), n, n, dtype=torch.float64)
-    for kernel, part in parts: add_class_grams(grams, part, kernel, distances)
+    with tqdm(desc="Grams", total=sum(part.shape[1] for _, part in parts), disable=not progress) as bar:
+        for kernel, part in parts:
+            add_class_grams(grams, part, kernel, distances)
+            bar.update(part.shape[1])
     return distances, grams
 
 def add_class_grams(grams: Tensor, # (R, n, n), changed in place

@@ -9,7 +9,7 @@ __all__ = ['Posterior', 'log_density']
 import math
 from collections.abc import Iterator
 from dataclasses import asdict
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -37,6 +37,7 @@ class Posterior:
         if not 0 <= share <= 1: raise ValueError(f"share: {share} must be from 0, the fit, to 1, the mean given all")
         self.evidence, self.model, self.lin = evidence, evidence.model, evidence.model.lin
         self.scale, self.share = scale, share
+        self.found = asdict(evidence.prior), evidence.noise_std # what pieces depend on, beside the linear model
 
     @cached_property
     def mean(self) -> Tensor: # (H, W)
@@ -55,27 +56,39 @@ class Posterior:
         pull = self.lin.pullback(min(chunk, len(variance)))
         for i in tqdm(range(0, len(variance), chunk), "std", disable=not progress):
             e = unit_vectors(image.shape, range(i, min(i + chunk, len(variance))), image)
-            prior, explained = (C.diagonal() for C in self.evidence.covariance.explained(pull(e)))
-            variance[i:i + chunk] = torch.maximum(prior - explained, smallest * prior)
+            def make():
+                prior, explained = (C.diagonal() for C in self.evidence.covariance.explained(pull(e)))
+                return dict(variance=torch.maximum(prior - explained, smallest * prior))
+            variance[i:i + chunk] = self.lin.piece(f"std-{i}", make, {}, chunk, self.found)["variance"]
         return self.scale * variance.sqrt().view(image.shape)
 
-    def deviations(self, n: int, seed: int = 0, chunk: int = 16) -> Iterator[Tensor]: # (≤ chunk, H, W) each
+    def deviations(self, n: int, seed: int = 0, chunk: int = 16, progress: bool = False
+                  ) -> Iterator[Tensor]: # (≤ chunk, H, W) each
         "Samples of x − mean by pathwise conditioning (Wilson et al. 2020): J (θ₀ + Σ_θ (AJ)ᵀ K_yy⁻¹ (ξ − AJθ₀))."
         if n < 1: raise ValueError(f"n: {n} samples; draw at least 1")
         K, generator = self.evidence.covariance, torch.Generator().manual_seed(seed)
         batch = min(8, chunk, n) # 16 images at once would take twice the memory, and no less time
         push = self.lin.pushforward(batch)
+        def make(size):
+            theta, rays = K.draw(size, generator)
+            parts = (theta - K.weights_given(rays)).split(batch)
+            return dict(x=torch.cat([push(part) for part in parts]), generator=generator.get_state())
+        bar = tqdm(desc="samples", total=n, disable=not progress)
         for i in range(0, n, chunk):
-            theta, rays = K.draw(min(chunk, n - i), generator)
-            yield self.scale * torch.cat([push(part) for part in (theta - K.weights_given(rays)).split(batch)])
+            size = min(chunk, n - i)
+            piece = self.lin.piece(f"samples-{i}", partial(make, size), {}, n, seed, chunk, self.found)
+            generator.set_state(piece["generator"])
+            bar.update(size)
+            yield self.scale * piece["x"].to(self.lin.recon.image)
+        bar.close()
 
-    def sample(self, n: int, seed: int = 0) -> Tensor: # (n, H, W)
+    def sample(self, n: int, seed: int = 0, progress: bool = False) -> Tensor: # (n, H, W)
         "n images from the posterior."
-        return self.mean + torch.cat(list(self.deviations(n, seed)))
+        return self.mean + torch.cat(list(self.deviations(n, seed, progress=progress)))
 
-    def sampled_std(self, n: int = 512, seed: int = 0) -> Tensor: # (H, W)
+    def sampled_std(self, n: int = 512, seed: int = 0, progress: bool = False) -> Tensor: # (H, W)
         "The standard deviation of every pixel from `n` samples; its relative standard error is 1 / √(2n)."
-        return (sum(d.square().sum(0) for d in self.deviations(n, seed)) / n).sqrt()
+        return (sum(d.square().sum(0) for d in self.deviations(n, seed, progress=progress)) / n).sqrt()
 
     def save(self, path: str | Path) -> None:
         "Write reconstruction and hyperparameters to one safetensors file, atomically."
@@ -100,7 +113,7 @@ class Posterior:
         lin, prior = Linearization(recon, tensors.get("free_pixels", False)), FilterPrior(**about["prior"])
         if (FREE in prior.blocks) != ("free_pixels" in tensors):
             raise ValueError(f"path: {str(path)!r} was written by another version of dip_uq; save it again")
-        model = Model.of(lin, prior.blocks, lin.rows(fitted_first(lin)[0], progress=progress))
+        model = Model.of(lin, prior.blocks, lin.rows(fitted_first(lin)[0], progress=progress), progress)
         return cls(Evidence(model, prior, **about["evidence"]), about["scale"], about.get("share", 1.0))
 
     def predict(self, operator: LinearOperator) -> tuple[Tensor, Tensor]: # mean range_shape, covariance (d, d)

@@ -25,10 +25,9 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
 from .data import Scan, _grid, _pixels, _positive, _whole, ellipses, rectangles, simulate, walnut
-from .dip import (STATE_SECONDS, Reconstruction, every, first_guess, optimizer_tensors, picture, psnr, reconstruct,
-                        restore_optimizer, revive)
-from .files import load_tensors, named, save_tensors
-from .networks import UNet, fresh, seeded
+from .dip import STATE_SECONDS, Reconstruction, every, first_guess, picture, psnr, reconstruct, revive
+from .files import keep_tensors, load_tensors, named, save_tensors
+from .networks import UNet, fresh, optimizer_tensors, restore_optimizer, seeded
 from .operators import LinearOperator
 from .rays import RayTransform, fan_beam
 
@@ -129,7 +128,7 @@ class Course:
         tensors = {f"{part}.{k}": v for part in ("net", "mean") for k, v in getattr(self, part).state_dict().items()}
         tensors |= optimizer_tensors(self.optimizer) | dict(losses=torch.tensor(self.losses, dtype=torch.float64),
                                                             checks=torch.tensor(self.checks, dtype=torch.float64))
-        save_tensors(path, tensors, dict(settings=settings, groups=self.optimizer.state_dict()["param_groups"],
+        keep_tensors(path, tensors, dict(settings=settings, groups=self.optimizer.state_dict()["param_groups"],
                                          schedule=self.schedule.state_dict()))
 
     def restore(self, path: str | Path, settings: dict) -> None:
@@ -151,8 +150,9 @@ def lessons(course: Course, accelerator: Accelerator, pairs: Pairs, batch: int) 
     "Steps of Adam on mean (f(z) − x)² over one batch of pairs after the other; the course is yielded after each."
     model = accelerator.prepare(course.net)
     rest = Subset(pairs, range(batch * len(course.losses), batch * course.iterations))
-    for z, x in accelerator.prepare(DataLoader(rest, batch)):
-        loss = (model(z) - x).square().mean()
+    for z, x in accelerator.prepare(DataLoader(rest, batch, generator=torch.Generator())):
+        with seeded((pairs.seed << 32) + len(course.losses)): predicted = model(z) # of a network that draws, by dropout
+        loss = (predicted - x).square().mean()
         course.optimizer.zero_grad()
         accelerator.backward(loss)
         course.step(accelerator.reduce(loss.detach(), "mean").item())
@@ -180,27 +180,28 @@ def pretrain(instruments: Sequence[LinearOperator], # of square images of one si
     """
     pairs, rate = Pairs(instruments, noise, start, seed, phantoms), _positive("learning_rate", learning_rate)
     iterations, batch, stopped = _whole("iterations", iterations, 20), _whole("batch", batch), "all iterations done"
-    net = fresh(UNet(4, 16) if net is None else net, seed)
+    if net is None:
+        with seeded(seed): net = UNet(4, 16)
+    net = fresh(net, seed)
     card = dict(network=[type(net).__name__, getattr(net, "settings", None)], iterations=iterations, batch=batch,
                 learning_rate=rate, **pairs.card)
-    with seeded(seed):
-        accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(split_batches=True))
-        if batch % (n := accelerator.num_processes):
-            raise ValueError(f"batch={batch} must be a multiple of {n} processes")
-        course = Course(net.to(accelerator.device), rate, iterations)
-        if resume is not None and Path(resume).exists(): course.restore(resume, card)
-        keep = every(STATE_SECONDS, lambda course: course.save(resume, card))
-        examples, first = [[v.to(accelerator.device) for v in pairs[i]] for i in CHECKS], accelerator.is_main_process
-        bar = tqdm(lessons(course, accelerator, pairs, batch), "pretraining", iterations, initial=len(course.losses),
-                   disable=not (progress and first))
-        try:
-            for _ in bar:
-                if len(course.losses) % (iterations // 20) == 0: course.check(examples)
-                if first and resume is not None: keep(course)
-        except KeyboardInterrupt:
-            if not course.losses: raise
-            stopped = "interrupted"
-        if len(course.losses) not in dict(course.checks): course.check(examples)
+    accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(split_batches=True))
+    if batch % (n := accelerator.num_processes):
+        raise ValueError(f"batch={batch} must be a multiple of {n} processes")
+    course = Course(net.to(accelerator.device), rate, iterations)
+    if resume is not None and Path(resume).exists(): course.restore(resume, card)
+    keep = every(STATE_SECONDS, lambda course: course.save(resume, card))
+    examples, first = [[v.to(accelerator.device) for v in pairs[i]] for i in CHECKS], accelerator.is_main_process
+    bar = tqdm(lessons(course, accelerator, pairs, batch), "pretraining", iterations, initial=len(course.losses),
+               disable=not (progress and first))
+    try:
+        for _ in bar:
+            if len(course.losses) % (iterations // 20) == 0: course.check(examples)
+            if first and resume is not None: keep(course)
+    except KeyboardInterrupt:
+        if not course.losses: raise
+        stopped = "interrupted"
+    if len(course.losses) not in dict(course.checks): course.check(examples)
     card |= dict(stopped=stopped, steps=len(course.losses), psnr=course.checks[-1][1],
                  psnr_input=float(np.mean([psnr(z[0], x[0]) for z, x in examples])))
     history = dict(loss=np.array(course.losses), checked=np.array(course.checks))

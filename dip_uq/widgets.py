@@ -30,11 +30,12 @@ from .data import Scan, _whole
 from .dip import Reconstruction, Run, descend, first_guess, psnr
 from .evidence import conditional_objective, log_parameters, value_and_gradient
 from .linearization import Linearization, block_distances
-from .networks import fresh, seeded
-from .pipeline import Solution, draw_error_against_std, small_text
-from .plotting import show_image
+from .networks import fresh
+from .pipeline import Solution
+from .plotting import show_image, small_text
 from .posterior import Posterior
 from .priors import FilterPrior, network_blocks
+from .scores import draw_error_against_std
 from .rays import RayTransform, fbp, field_of_view
 
 # %% ../nbs/25_widgets.ipynb #ec3478d6
@@ -115,12 +116,10 @@ def film(scan: Scan, # all of its projections are fitted
         ) -> dict[int, Tensor]: # iteration → image (H, W)
     "The images that a fit goes through."
     iterations, every = _whole("iterations", iterations), _whole("every", every)
-    with seeded(seed):
-        z, scale = first_guess(scan, "noise", seed)
-        run = Run(fresh(net, seed).to(z), learning_rate, iterations, seed)
-        steps = descend(run, z, scale, scan, tv)
-        kept = {*range(0, iterations, every), iterations - 1}
-        return {run.iteration: run.image for _ in steps if run.iteration in kept}
+    z, scale = first_guess(scan, "noise", seed)
+    run = Run(fresh(net, seed).to(z), learning_rate, iterations, seed)
+    kept = {*range(0, iterations, every), iterations - 1}
+    return {run.iteration: run.image for _ in descend(run, z, scale, scan, tv) if run.iteration in kept}
 
 # %% ../nbs/25_widgets.ipynb #e716d970
 def spectrum(image: Tensor, # (H, W)

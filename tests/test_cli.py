@@ -1,6 +1,7 @@
 """The command line where the terminal, the machine or the program is at fault. Mistakes of its user are in the notebook."""
 import io
 import os
+import runpy
 import subprocess
 import sys
 from dataclasses import replace
@@ -47,6 +48,12 @@ def test_module_is_the_command():
     command = [sys.executable, "-m", "dip_uq.cli", "demo", "--help"]
     done = subprocess.run(command, env=os.environ | dict(PYTHONIOENCODING="ascii"), capture_output=True)
     assert (done.returncode, done.stderr) == (0, b"") and done.stdout.startswith(b"usage: dip-uq demo")
+
+
+def test_package_is_the_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["dip-uq", "info"])
+    with pytest.raises(SystemExit, match="0"): runpy.run_module("dip_uq", run_name="__main__")
+    assert capsys.readouterr().out.startswith("dip_uq ")
 
 
 @pytest.mark.parametrize("error, message", [

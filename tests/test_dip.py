@@ -1,5 +1,6 @@
 """The deep image prior: what is too bulky for its notebook. Every rule, operator, interruption and file."""
 import multiprocessing
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -204,7 +205,6 @@ def run_with_state(path):
 def test_killed_twenty_times(tmp_path):
     "A process that is killed at random moments comes to an end, and to the bits of one that was left alone."
     processes, state = multiprocessing.get_context("forkserver"), tmp_path / "state"
-    processes.set_forkserver_preload(["test_dip"])
     rng, kills = np.random.default_rng(0), 0
     for _ in range(40):
         process = processes.Process(target=run_with_state, args=(state,))
@@ -223,15 +223,27 @@ def test_killed_twenty_times(tmp_path):
 @pytest.mark.parametrize("stop", STOPS)
 @pytest.mark.parametrize("at", [3, 120, 149])
 def test_resumed_at_any_iterate(stop, at, tmp_path, monkeypatch):
-    monkeypatch.setattr(dip, "every", lambda seconds, act: lambda run: run.iteration == at and act(run))
     scan, net = simulate(TRUTH, RAYS.operator, noise=0.05), nn.Sequential(UNet(2, 4), nn.Dropout(0.05))
     options = OPTIONS | dict(stop=stop)
-    whole = reconstruct(scan, net, resume=tmp_path / "state", **options)
-    if not (tmp_path / "state").exists(): return  # the discrepancy was reached before
+    whole = reconstruct(scan, net, **options)
+
+    def cut(seconds, act):
+        def look(run):
+            if run.iteration == at:
+                act(run)
+                raise RuntimeError("power cut")
+        return look
+
+    with monkeypatch.context() as patched, suppress(RuntimeError):
+        patched.setattr(dip, "every", cut)
+        reconstruct(scan, net, resume=tmp_path / "state", **options)
+        return  # the discrepancy was reached before
     assert load_tensors(tmp_path / "state")[1]["iteration"] == at
     resumed = reconstruct(scan, net, resume=tmp_path / "state", **options)
     assert_same(resumed, whole)
     for key in whole.history: np.testing.assert_array_equal(resumed.history[key], whole.history[key])
+    again = reconstruct(scan, net, resume=tmp_path / "state", **options)
+    assert_same(again, whole)
 
 
 def test_states_are_seldom_and_cheap(monkeypatch):

@@ -46,10 +46,19 @@ def test_the_image_is_not_worse_than_the_fit(beam, noise, seed, factor, fault):
 
 @cache
 def as_it_is(beam):
-    "A scan, two results of it by other random weights, and how far the images are apart."
+    "A scan, and what four choices of random weights make of it."
     scan = simulate(walnut(20, 1), BEAMS[beam](TURN), 0.02, 1)
-    results = [solved(scan, seed=seed) for seed in range(2)]
-    return scan, results[0], float((results[0].image - results[1].image).square().mean().sqrt())
+    return scan, [solved(scan, seed=seed) for seed in range(4)]
+
+
+def apart(a, b): return float((a - b).square().mean().sqrt())
+
+
+def agrees(found, image, usual):
+    "Image and mean bar differ from the usual ones by no more than half as much again as these, by other weights, do."
+    bars, bar = [float(u.std.mean()) for u in usual], float(found.std.mean())
+    widest = max(apart(u.image, v.image) for u in usual for v in usual)
+    return min(apart(image, u.image) for u in usual) < 1.5 * widest and min(bars) / 1.5 < bar < 1.5 * max(bars)
 
 
 def reordered(scan, beam, order, half, whole_turns):
@@ -67,30 +76,26 @@ def reordered(scan, beam, order, half, whole_turns):
        st.lists(st.integers(-1, 2), min_size=14, max_size=14))
 def test_position_in_a_file_means_nothing(beam, order, half, whole_turns):
     "Neither for the image, beyond what other random weights make of it, nor for the error bars."
-    scan, first, scatter = as_it_is(beam)
+    scan, usual = as_it_is(beam)
     found = solved(reordered(scan, beam, list(order), np.array(half), np.array(whole_turns)))
-    assert float((found.image - first.image).square().mean().sqrt()) < 2 * scatter
-    assert 1 / 1.5 < float(found.std.mean() / first.std.mean()) < 1.5
+    assert agrees(found, found.image, usual)
 
 
 @few
 @given(st.sampled_from(list(BEAMS)), st.integers(1, 3))
 def test_a_turned_object_is_the_same_object(beam, quarters):
-    scan, first, scatter = as_it_is(beam)
+    scan, usual = as_it_is(beam)
     A = BEAMS[beam]((scan.operator.angles + quarters * np.pi / 2) / (1 if beam == "parallel" else 2))
     found = solved(Scan(scan.measurement, A, scan.truth.rot90(quarters), scan.noise_std))
-    back = found.image.rot90(-quarters)
-    assert float((back - first.image).square().mean().sqrt()) < 2 * scatter
-    assert 1 / 1.5 < float(found.std.mean() / first.std.mean()) < 1.5
+    assert agrees(found, found.image.rot90(-quarters), usual)
 
 
 @few
 @given(st.sampled_from(list(BEAMS)), st.lists(st.integers(0, 13), min_size=1, max_size=14), st.integers(0, 99))
 def test_repeated_projections_do_no_harm(beam, again, seed):
     "New readings of the same lines: the image is as good or better, the bars at most as long or a little shorter."
-    scan, first, scatter = as_it_is(beam)
+    scan, usual = as_it_is(beam)
     A = scan.operator[list(range(14)) + again]
     y = torch.cat([scan.measurement, simulate(scan.truth, A, 0.02, seed).measurement[14:]])
     found = solved(Scan(y, A, scan.truth, scan.noise_std))
-    assert float((found.image - first.image).square().mean().sqrt()) < 2 * scatter
-    assert 1 / 1.6 < float(found.std.mean() / first.std.mean()) < 1.5
+    assert agrees(found, found.image, usual)

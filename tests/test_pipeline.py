@@ -10,10 +10,10 @@ import torch
 from dip_uq.data import Scan, ellipses, rectangles, shepp_logan, simulate, walnut
 from dip_uq.networks import UNet
 from dip_uq.operators import as_operator, blur, fourier, mask
-from dip_uq.pipeline import doubts, loudness, solve
+from dip_uq.pipeline import solve
 from dip_uq.posterior import Posterior
 from dip_uq.rays import fan_beam, parallel_beam
-from dip_uq.scans import load_htc2022
+from dip_uq.scans import doubts, load_htc2022, loudness
 
 FILES = {"posterior.safetensors", "result.safetensors", "summary.json", "image.tif", "std.tif", "samples.npz", "report.png"}
 

@@ -35,7 +35,8 @@ def regenerated(tmp_path_factory):
     copy = tmp_path_factory.mktemp("copy")
     shutil.copytree(ROOT / "nbs", copy / "nbs")
     (copy / "dip_uq").mkdir()
-    for name in ("settings.ini", "pyproject.toml", "dip_uq/__init__.py"): shutil.copy(ROOT / name, copy / name)
+    by_hand = "dip_uq/__init__.py", "dip_uq/__main__.py"  # nbdev cannot make the second: a notebook is named as its module
+    for name in ("settings.ini", "pyproject.toml", *by_hand): shutil.copy(ROOT / name, copy / name)
     run("-c", "from nbdev.doclinks import nbdev_export as export; from nbdev.clean import nbdev_clean as clean; "
               "export.__wrapped__(); clean.__wrapped__()", cwd=copy)
     return copy

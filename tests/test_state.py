@@ -1,0 +1,223 @@
+"""Runs that are killed, interrupted, or run beside each other: they go on, say so, and end with the same bits.
+
+The processes here run the command line, and are stopped in every stage. `benchmarks/killed.py` does the same at random
+moments, at size.
+"""
+import json
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from threading import Barrier
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dip_uq import cli, dip, files, pipeline
+from dip_uq.cli import demo_scan
+from dip_uq.dip import reconstruct
+from dip_uq.files import load_tensors
+from dip_uq.networks import UNet
+from dip_uq.pipeline import solve
+
+DEMO = "demo --size 20 --angles 8 --iterations 60 --channels 4 --scales 2 --quiet".split()
+STAGES = "fit", "rows", "evidence", "std"  # what the pieces of each are called
+SECONDS = 3.0  # until a process has ended: two, and one more where the machine is busy
+VARIES = "seconds", "peak_memory_mb", "command"
+
+
+def command(folder, stuck=False):
+    "The command line as a process of its own, with its errors in a file; `stuck`: after the fit, one endless product."
+    torch.set_num_threads(1)  # the parent's rounding
+    dip.STATE_SECONDS, dip.SHARE = 0.0, np.inf
+    os.dup2(os.open(f"{folder}.err", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    def endless(*args, **options):
+        Path(f"{folder}.stuck").touch()
+        return torch.ones(10**4, 10**4) @ torch.ones(10**4, 10**5)
+    if stuck: pipeline.fit_evidence = endless
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # where pytest runs in the background, it is ignored
+    sys.argv = ["dip-uq", *DEMO, "--out", str(folder)]
+    sys.exit(cli.main())
+
+
+def start(*args):
+    process = multiprocessing.get_context("forkserver").Process(target=command, args=args)
+    process.start()
+    return process
+
+
+def wait_for(process, folder, piece):
+    "Until the state in `folder` has a piece of that stage; False where the process ends before."
+    while process.is_alive():
+        if any(Path(folder, "state").glob(f"{piece}*.safetensors")): return True
+        time.sleep(0.001)
+    return False
+
+
+def contents(folder):
+    "All results, without what differs from run to run."
+    found = {}
+    for path in sorted(Path(folder).iterdir()):
+        if path.suffix == ".safetensors": found |= {(path.name, k): v for k, v in load_tensors(path)[0].items()}
+        elif path.suffix == ".npz":
+            with np.load(path) as arrays: found[path.name] = arrays["samples"]
+        elif path.suffix == ".json":
+            found[path.name] = {k: v for k, v in json.loads(path.read_text()).items() if k not in VARIES}
+        elif path.suffix == ".tif": found[path.name] = path.read_bytes()
+        else: found[path.name] = None
+    return found
+
+
+def assert_same(folder, whole):
+    found = contents(folder)
+    assert found.keys() == whole.keys()
+    for name, value in whole.items():
+        assert found[name] == value if isinstance(value, (dict, bytes, type(None))) else np.array_equal(found[name], value), name
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    "The results of a run that was left in peace."
+    folder = tmp_path_factory.mktemp("state") / "whole"
+    process = start(folder)
+    process.join(60)
+    assert process.exitcode == 0
+    return contents(folder)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are no signals there")
+def test_stopped_in_every_stage(whole, tmp_path):
+    """Killed in two, interrupted in the others: the same command goes on each time, and at the end removes its state.
+
+    Ctrl-C ends it within two seconds, with exit code 130, one line and no traceback.
+    """
+    out = tmp_path / "out"
+    for stage, how in zip(STAGES, (signal.SIGKILL, signal.SIGINT) * 2):
+        process = start(out)
+        assert wait_for(process, out, stage), stage
+        os.kill(process.pid, how)
+        began = time.perf_counter()
+        process.join(10)
+        assert process.exitcode == (-how if how == signal.SIGKILL else 130) and time.perf_counter() - began < SECONDS
+        assert (out / "state" / "fit.safetensors").exists() and not (out / "result.safetensors").exists()
+    said = Path(f"{out}.err").read_text().split("\n\n")
+    for words, line in zip(("the (rows of AJ|error bars).*", "the error bars"), said, strict=True):
+        assert re.fullmatch(rf"\n?dip-uq: interrupted during {words}; begun again .*, it goes on from {out}/state\n?", line), said
+    process = start(out)
+    process.join(60)
+    assert process.exitcode == 0
+    assert_same(out, whole)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are no signals there")
+def test_interrupted_where_python_cannot_see_it(tmp_path):
+    "In a product of matrices that takes minutes."
+    process = start(tmp_path / "out", True)
+    while not (tmp_path / "out.stuck").exists(): time.sleep(0.01)
+    time.sleep(0.5)  # to make the factors
+    os.kill(process.pid, signal.SIGINT)
+    began = time.perf_counter()
+    process.join(20)
+    assert process.exitcode == 130 and 1 < time.perf_counter() - began < SECONDS
+    goes_on = f"interrupted; the same command goes on from what {tmp_path}/out/state holds"
+    assert Path(f"{tmp_path}/out.err").read_text() == f"\ndip-uq: {goes_on}\n"
+
+
+# In Python
+
+
+SCAN, OPTIONS = demo_scan(16, 8), dict(iterations=40, progress=False)
+
+
+def result(**options): return solve(SCAN, UNet(2, 4), **OPTIONS | options)
+
+
+def test_a_state_is_used_by_its_own_run_alone(tmp_path):
+    "Other arguments of the fit, another scan or network are refused; other bars of the same fit go on from it."
+    one = result(state=tmp_path)
+    steps = []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(dip.Run, "step", lambda *args: steps.append(1))
+        pieces = sorted(tmp_path.iterdir())
+        again = result(state=tmp_path)
+        assert sorted(tmp_path.iterdir()) == pieces
+        sampled = result(state=tmp_path, samples=20)
+        assert {path.name.split("-")[0] for path in {*tmp_path.iterdir()} - {*pieces}} == {"samples"}
+    assert not steps and torch.equal(again.image, one.image) and torch.equal(again.std, one.std)
+    assert torch.equal(sampled.std, result(samples=20).std) and not torch.equal(sampled.std, one.std)
+    for change in dict(seed=1), dict(iterations=41), dict(learning_rate=1e-3):
+        with pytest.raises(ValueError, match="of another run, .*remove the file to begin anew"): result(state=tmp_path, **change)
+    with pytest.raises(ValueError, match="of another run"): solve(SCAN, UNet(2, 8), state=tmp_path, **OPTIONS)
+    with pytest.raises(ValueError, match="on another scan"): solve(demo_scan(16, 8, seed=1), UNet(2, 4), tv=one.recon.settings["tv"],
+                                                                   state=tmp_path, **OPTIONS)
+    with pytest.raises(ValueError, match="pass one of the two"): result(state=tmp_path, resume=tmp_path / "other")
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="choose a folder that can be written"): result(state=tmp_path / "file")
+
+
+def test_what_comes_after_the_fit_depends_on_the_noise(tmp_path):
+    "The noise has no part in a fit whose weight of TV is given, so it is not refused; but its error bars are its own."
+    options = dict(tv=1e-5, state=tmp_path)
+    one, other = (solve(replace(SCAN, noise_std=s), UNet(2, 4), **OPTIONS | options) for s in (2.0, 3.0))
+    assert torch.equal(one.recon.image, other.recon.image)
+    alone = solve(replace(SCAN, noise_std=3.0), UNet(2, 4), tv=1e-5, **OPTIONS)
+    assert torch.equal(other.std, alone.std) and torch.equal(other.image, alone.image) and not torch.equal(one.std, other.std)
+
+
+def test_a_full_disk_does_not_end_a_run(tmp_path, monkeypatch):
+    whole = result()
+    def full(*args): raise OSError(28, "No space left on device")
+    monkeypatch.setattr(files, "write_whole", full)
+    monkeypatch.setattr(dip, "STATE_SECONDS", 0.0)
+    with warnings.catch_warnings(record=True) as told: found = result(state=tmp_path)
+    assert torch.equal(found.image, whole.image) and torch.equal(found.std, whole.std)
+    assert any("could not be written (No space left on device)" in str(w.message) for w in told)
+
+
+@pytest.mark.parametrize("stage", ["reconstruct", "fit_evidence", "check_held_out"])
+@pytest.mark.parametrize("state", [False, True])
+def test_an_interruption_goes_on_up(stage, state, tmp_path, monkeypatch):
+    "Also one that `reconstruct` caught to return the best so far."
+    if stage == "reconstruct":
+        def step(run, loss):
+            if run.iteration == 20: raise KeyboardInterrupt
+            original(run, loss)
+        original = dip.Run.step
+        monkeypatch.setattr(dip.Run, "step", step)
+        monkeypatch.setattr(dip, "STATE_SECONDS", 0.0)
+    else: monkeypatch.setattr(pipeline, stage, lambda *args, **options: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(dip, "SHARE", np.inf)
+    with pytest.raises(KeyboardInterrupt, match="interrupted during .*; " + ("begun again" if state else "nothing is kept; with state")):
+        result(state=tmp_path if state else None)
+
+
+# Threads
+
+
+def test_two_threads_are_as_one_after_the_other():
+    "Dropout and jitter draw in every iteration, solve draws weights, samples and inputs; the global state stays as it was."
+    net = UNet(2, 4)
+    works = [lambda seed: reconstruct(SCAN, nn.Sequential(net, nn.Dropout(0.1)), jitter=0.05, seed=seed, **OPTIONS).image,
+             lambda seed: solve(SCAN, net, samples=20, seed=seed, **OPTIONS).std]
+    jobs = [(work, seed) for seed in range(3) for work in works]
+    before = torch.get_rng_state()
+    alone = [work(seed) for work, seed in jobs]
+    together = Barrier(3)
+
+    def beside(job):
+        torch.set_num_threads(1)
+        together.wait(60)  # three at a time, all of them under way
+        return job[0](job[1])
+
+    with ThreadPoolExecutor(3) as pool: found = list(pool.map(beside, jobs))
+    for one, other in zip(alone, found): assert torch.equal(one, other)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert len({float(x.sum()) for x in alone}) == len(jobs)  # the seeds matter
