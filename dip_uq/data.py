@@ -347,7 +347,7 @@ def _landweber(A: LinearOperator, y: torch.Tensor, doublings: int = 6) -> Iterat
         if step & (step - 1) == 0: yield x
 
 def _trials(scan: Scan) -> Iterator[tuple[float, torch.Tensor, torch.Tensor]]:
-    "Of a scan with held-out projections: the limit m / m₁ to σ², a rough image that sets it, and what noise alone makes."
+    "Of a scan with held-out projections: limits m / m₁ to σ², the rough images that set them, those of noise alone."
     noise = torch.randn(scan.measurement.shape, generator=torch.Generator().manual_seed(0)).to(scan.measurement)
     fitted, n = scan.training, scan.validation.measurement.numel()
     trial = replace(scan, measurement=noise, noise_std=None, poisson=False)
