@@ -99,7 +99,7 @@ def profile(name, angles, seed):
     for tau in STDS:
         variance, length = [prior.variance["all"], (tau / scale)**2], [prior.length["all"], 1.0]
         found = replace(evidence, prior=prior_of(evidence.model, variance, length))
-        posterior = Posterior(found)
+        posterior = Posterior(found, share=s.posterior.share)
         yield dict(free_pixels=tau, value=-float(nll(found.covariance)), rays_z=check_held_out(found).z_std) | scores(
             posterior.mean, posterior.std(progress=False), s.scan.truth, seen_by_averaged(name, angles))
 

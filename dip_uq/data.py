@@ -374,13 +374,12 @@ def extent(x: torch.Tensor) -> float:
 def negative_range(scan: Scan) -> tuple[float, float] | None:  # lowest value of the image, and its range above that
     "Where the readings ask for an image below zero: from where to where it goes, roughly. Otherwise None."
     if scan.poisson or len(scan.measurement) < 2 or not scan.measurement.any(): return None
-    of_positive = scan.fingerprint()
+    of_positive, scan = scan.fingerprint(), scan.apart()
     if of_positive.min() < -1e-3 * of_positive.abs().max(): return None
-    scan = scan.apart()
+    def below(image, expected=0.0): return image.clamp(max=0).square().sum() - expected > 0.1 * image.square().sum()
+    x = cgls(scan.training.operator, scan.training.measurement, 10)
+    if not below(x): return None
     _, image, of_noise = min(_trials(scan), key=lambda trial: trial[0])
     noise = min(scatter(scan.measurement), scan.noise_std or math.inf)
-    below = image.clamp(max=0).square().sum() - noise**2 * of_noise.square().sum() / 2
-    if not below > 0.1 * image.square().sum(): return None
-    x = cgls(scan.training.operator, scan.training.measurement, 10)
     low, high = extent(-x), max(extent(x), 0.0)
-    return -low, low + high
+    return (-low, low + high) if below(image, noise**2 * of_noise.square().sum() / 2) else None

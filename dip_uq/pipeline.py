@@ -74,7 +74,7 @@ class ImageOnly:
         if not self.scan.noise_std: return None
         return math.sqrt(seen_and_unseen(self.recon.scan, self.recon.image)[0]) / self.scan.noise_std
 
-    @property
+    @cached_property
     def doubts(self) -> list[str]:
         "What may be wrong with this result, in words: `doubts` of the scan, then those of the fit."
         fit = self.fit_rms_over_noise or 0.0
@@ -169,7 +169,7 @@ class Solution(ImageOnly):
     @property
     def tensors(self) -> dict[str, Tensor]: return dict(image=self.image, std=self.std, raw_std=self.raw_std)
 
-    @property
+    @cached_property
     def doubts(self) -> list[str]:
         "What may be wrong with this result, in words: `doubts` of the scan, then those of the fit and its check."
         check, few = self.check, f"{self.check.scale_error:.0%}"

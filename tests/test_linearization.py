@@ -31,7 +31,7 @@ def random_weights(net, seed=0):
 def linearised(net, *shape, scale=1.7):
     "The network with random weights around a random input, and its Jacobian by torch.func."
     net, z = random_weights(net), numbers(1, 1, *shape, seed=1)
-    recon = SimpleNamespace(net=net, z=z, scale=scale, image=scale * net(z)[0, 0])
+    recon = SimpleNamespace(net=net, z=z, scale=scale, lowest=-0.3, image=scale * net(z)[0, 0] - 0.3)
     weights = {f"{name}.weight": m.weight for name, m in convolutions(net).items()}
     dense = jacrev(lambda w: scale * functional_call(net, w, (z,))[0, 0])(weights)
     return Linearization(recon), torch.cat([j.flatten(len(shape)).flatten(0, -2) for j in dense.values()], 1)
@@ -122,7 +122,7 @@ def test_products_rows_and_grams_against_the_dense_jacobian(make, shape):
 def test_float32_agrees_with_float64():
     lin, J = linearised(UNet(3, 4, sigmoid=False), 16, 16)
     recon = lin.recon
-    single = Linearization(SimpleNamespace(net=recon.net.float(), z=recon.z.float(), scale=recon.scale,
+    single = Linearization(SimpleNamespace(net=recon.net.float(), z=recon.z.float(), scale=recon.scale, lowest=recon.lowest,
                                            image=recon.image.float()))
     u, v = numbers(2, 16, 16), numbers(2, lin.parameters)
     # rounding of 6e-8 through twelve layers, and rarely an activation that crosses the kink of LeakyReLU
@@ -138,7 +138,7 @@ def test_nothing_global_changes_and_the_network_stays_as_it_was():
     z = numbers(1, 1, 8, 8)
     with torch.no_grad(): image = net(z)[0, 0]
     before, state = {k: v.clone() for k, v in net.state_dict().items()}, torch.random.get_rng_state()
-    lin = Linearization(SimpleNamespace(net=net, z=z, scale=1., image=image))
+    lin = Linearization(SimpleNamespace(net=net, z=z, scale=1., lowest=0., image=image))
     lin.vjp(numbers(2, 8, 8))
     FilterPrior(one_block(lin), {"all": 1.}, {"all": 1.}).sample(lin, 2, torch.Generator().manual_seed(0))
     assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())

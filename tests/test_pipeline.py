@@ -146,14 +146,12 @@ def test_a_result_can_be_used_where_gradients_are_off(mode, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == FILES
 
 
-@pytest.mark.parametrize("below", [0.2, 0.5])
-def test_images_below_zero(below):
-    "The same object, some way below zero: told, and nearly as good; that air is 0 is worth a decibel or two."
+def test_images_below_zero():
+    "The same object, a little below zero: told, and nearly as good; that air is 0 is worth a decibel or two."
     A, truth = beam(24, 30), walnut(24, seed=1)
-    high, low = (answered(simulate(image, A, noise=0.01, seed=1)) for image in (truth, truth - below))
-    assert low.summary()["psnr"] > high.summary()["psnr"] - 2 # 6 to 12 without the range
-    assert ("values below zero" if below == 0.2 else "negative in the mean") in low.doubts[0]
-    assert "below zero" not in str(high.doubts)
+    high, low = (answered(simulate(image, A, noise=0.01, seed=1)) for image in (truth, truth - 0.2))
+    assert low.summary()["psnr"] > high.summary()["psnr"] - 2 # 7 without the range
+    assert "values below zero" in low.doubts[0] and "below zero" not in str(high.doubts)
     assert 0.7 < low.summary()["zstd"] / high.summary()["zstd"] < 1.4
 
 
@@ -215,15 +213,15 @@ def test_counts_and_backgrounds_are_one_doubt(make, fault):
 
 
 def test_nothing_is_told_of_scans_that_are_right():
-    "None of 720: 24 phantoms, 6 scanners, 5 levels of noise."
+    "None of 240: 8 phantoms, 6 scanners, 5 levels of noise."
     fan = dict(source_origin=144, origin_detector=72)
     beams = [parallel_beam(VIEWS, (48, 48), *bins) for bins in ((48,), (72,), (24, 2.0))]
     beams += [parallel_beam(VIEWS[::4], (48, 48), 49), fan_beam(2 * VIEWS, (48, 48), 48, 1.5, **fan),
               fan_beam(2 * VIEWS, (48, 48), 72, 1.5, **fan)]
-    truths = [phantom(48, seed) for phantom in PHANTOMS.values() for seed in range(6)]
+    truths = [phantom(48, seed) for phantom in PHANTOMS.values() for seed in range(2)]
     found = [doubts(simulate(truth, A, noise, seed)) for seed, truth in enumerate(truths) for A in beams
              for noise in (0, 0.01, 0.05, 0.2, 1.0)]
-    assert len(found) == 720 and not any(found)
+    assert len(found) == 240 and not any(found)
 
 
 @pytest.mark.skipif("DIP_UQ_DATA" not in os.environ, reason="set DIP_UQ_DATA to a folder with htc2022/*.mat")
