@@ -74,11 +74,12 @@ def support(evidence: Evidence) -> float: # 0 to 1
     directions = scan.directions[list(scan.held_out)].repeat(len(r) // len(scan.held_out))
     if len(set(directions)) < 2: return 0.0
     Q = torch.linalg.inv(evidence.covariance.given(evidence.model.training))
-    p = r.clone()
-    for j in (torch.from_numpy(directions == d).to(r.device) for d in set(directions)):
-        p[j] -= torch.linalg.solve(Q[j][:, j], (Q @ r)[j])
-    alpha, length = float(r @ p / p.norm().clamp_min(1e-300)**2), float(p.norm().clamp_min(1e-300))
-    return min(max(alpha - float((r - alpha * p).norm()) / (math.sqrt(len(r)) * length), 0.0), 1.0)
+    p, each = r.clone(), [torch.from_numpy(directions == d).to(r.device) for d in sorted(set(directions))]
+    for j in each: p[j] -= torch.linalg.solve(Q[j][:, j], (Q @ r)[j])
+    square = float(p @ p) or 1.0
+    alpha = float(r @ p) / square
+    error = math.sqrt(sum(float((r - alpha * p)[j] @ p[j])**2 for j in each)) / square
+    return min(max(alpha - error, 0.0), 1.0)
 
 def check_held_out(evidence: Evidence) -> HeldOutCheck:
     """Compare what was held out with its prediction, and find s² = (mean r_h² − σ_y²) / mean diag(A_h Σ_{x|y_t} A_hᵀ).

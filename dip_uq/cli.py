@@ -18,7 +18,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from importlib.metadata import version
 from inspect import cleandoc
@@ -179,6 +179,7 @@ def run_pretrain(args: argparse.Namespace) -> None:
     phantoms = [p for p in PHANTOMS if not args.phantoms or p.__name__ in args.phantoms]
     taught = pretrain(fan_scanners(args.size), UNet(args.scales, args.channels), iterations=iterations, seed=args.seed,
                       resume=state, progress=not args.quiet, phantoms=phantoms)
+    if taught.card["stopped"] == "interrupted": raise KeyboardInterrupt
     taught.save(args.out)
     if taught.card["steps"] == iterations: state.unlink(missing_ok=True)
     print(taught, f"written: {args.out}", sep="\n")
@@ -223,13 +224,14 @@ def ends_by_interrupt(words: str, # what to say then
         signal.set_wakeup_fd(before)
         there.close()
 
-def carry_out(args: argparse.Namespace) -> None:
+def carry_out(args: argparse.Namespace, own: bool) -> None: # has it a process of its own?
     "Do what the arguments ask for, in folders that are there."
     if args.command == "info": print(info())
     elif args.command == "pretrain":
         with results_in(args.out.parent): run_pretrain(args)
     else:
-        with ends_by_interrupt(f"interrupted; the same command goes on from what {args.out / 'state'} holds"), \
+        words = f"interrupted; the same command goes on from what {args.out / 'state'} holds"
+        with ends_by_interrupt(words) if own else nullcontext(), \
              results_in(args.out), results_in(args.out / "state"): run_solve(args)
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -237,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in sys.stdout, sys.stderr:  # ASCII, say, has no ² and no λ: a question mark is better than a failure
         if isinstance(stream, io.TextIOWrapper): stream.reconfigure(errors="replace")
     args = parser().parse_args(argv)
-    try: carry_out(args)
+    try: carry_out(args, own=argv is None)
     except KeyboardInterrupt as e:
         print(f"\ndip-uq: {e if str(e) else 'interrupted; the same command goes on'}", file=sys.stderr, flush=True)
         if argv is None: os._exit(130) # this is a process of its own, and to take torch apart would be another second

@@ -293,11 +293,21 @@ class Covariance:
         "Σ_θ (AJ)ᵀ K⁻¹ r: the most probable weights where the rays are `r`."
         return self.prior.apply(self.model.lin, self.model.to_weights(self.solve(r)))
 
-    def explained(self, rows: Tensor) -> tuple[Tensor, Tensor]: # (b, parameters) → both (b, b), float64
-        "The prior covariance of `rows` · θ, and how much less it is once the rays are known."
+    def explained(self, rows: Tensor, share: float = 1.0) -> tuple[Tensor, Tensor]: # (b, parameters) → both (b, b)
+        """The prior covariance of `rows` · θ, and how much less it is once the rays are known.
+
+        Where only a `share` s of what the held-out rays say is believed, these explain 1 − (1 − s)² of their part.
+        """
         moved = self.prior.apply(self.model.lin, rows)
         white = torch.linalg.solve_triangular(self.factor, self.model.to_rays(moved)[:self.rays], upper=False)
+        white[self.model.training:] *= math.sqrt(1 - (1 - share)**2)
         return (rows @ moved.T).double(), white.T @ white
+
+    def unseen(self, n: int, generator: torch.Generator) -> Tensor: # (rays, n)
+        "n draws of the rays after the fitted ones, given that these are 0."
+        t = self.model.training
+        noise = torch.randn(n, self.rays - t, generator=generator, dtype=torch.float64).T.to(self.model.residual)
+        return nn.functional.pad(self.factor[t:, t:] @ noise, (0, 0, t, 0))
 
     def draw(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]: # (n, parameters), (rays, n)
         "n draws of the weights θ from the prior, and AJθ − ξ, what rays with noise ξ of their own see of them."

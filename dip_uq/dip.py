@@ -11,6 +11,7 @@ __all__ = ['STARTS', 'STOPS', 'STATE_SECONDS', 'FIGURE_SECONDS', 'SHARE', 'total
 # %% ../nbs/07_dip.ipynb #3b50f94f
 import copy
 import math
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -275,8 +276,9 @@ def keep_state(run: Run, path: str | Path, scan: Scan, z: Tensor, settings: dict
     "Take up the state in `path`, if it is there and belongs to this run; returns what writes the state."
     mine = dict(settings=settings, held_out=list(scan.held_out),
                 network=[type(run.net).__name__, getattr(run.net, "settings", None)])
-    if Path(path).exists():
-        tensors, about = load_tensors(path)
+    try: tensors, about = load_tensors(path) if Path(path).exists() else ({}, {})
+    except ValueError as e: tensors, about = warnings.warn(f"resume: {e}; the fit begins anew") or {}, {}
+    if tensors:
         remedy = "repeat its arguments, scan and network to go on, remove the file to begin anew, or name another"
         shapes = {k: v.shape for k, v in named(tensors, "net.").items()}
         if {k: about.get(k) for k in mine} != mine or shapes != {k: v.shape for k, v in run.net.state_dict().items()}:

@@ -12,6 +12,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -174,7 +175,7 @@ class Linearization:
         tensors, about = self.recon.parts()
         if self.pixels is not None: tensors[FREE] = self.pixels
         seen = {k: tensors[k] for k in sorted(tensors) if not k.startswith("history.")}
-        return digest(seen, about["held_out"])
+        return digest(seen, about["held_out"], version("dip_uq"))
 
     def piece(self, name: str, make: Callable[[], dict[str, Tensor]],
               tensors: dict[str, Tensor], *about: Any, # what it depends on, beside this model

@@ -79,7 +79,8 @@ class ImageOnly:
         "What may be wrong with this result, in words: `doubts` of the scan, then those of the fit."
         fit = self.fit_rms_over_noise or 0.0
         found = {f"the fit misses the rays that it saw by {fit:.2f} times noise_std; is the fit unfinished, noise_std "
-                 "too small, a bin dead?" + " What it leaves is taken for noise" * (fit > BELIEVED): fit > 1.25,
+                 "too small, a bin dead?" + " What it leaves is taken for noise" * (fit > BELIEVED):
+                 fit > 1.25 and self.recon.scan.noise_std is not None,
                  "noise_std is 0, but no measurement is exact; what the fit leaves is taken for noise":
                  self.scan.noise_std == 0}
         scan = replace(self.scan, held_out=self.recon.scan.held_out)
@@ -128,9 +129,11 @@ class ImageOnly:
     def save(self, folder: str | Path, progress: bool = False) -> None: # True: bars where it takes long
         """Write to `folder` result.safetensors (image), summary.json, and for other programs image.tif and report.png.
 
-        Each file appears whole or not at all, the picture last; one that cannot be drawn is a warning.
+        Error bars of an earlier result are removed. Each file appears whole or not at all, the picture last; one that
+        cannot be drawn is a warning.
         """
         self.save_figures(Path(folder))
+        for bars in ("posterior.safetensors", "std.tif", "samples.npz"): (Path(folder) / bars).unlink(missing_ok=True)
         self.save_report(Path(folder))
 
     def save_figures(self, folder: Path) -> None:

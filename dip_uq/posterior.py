@@ -27,7 +27,11 @@ from .priors import FilterPrior
 
 # %% ../nbs/18_posterior.ipynb #a430a4e0
 class Posterior:
-    "x | y ~ N(mean, scale² · Σ_{x|y}) of the linear model, given all rays: those fitted and those held out."
+    """x | y ~ N(mean, scale² Σ) of the linear model, given all rays: those fitted and those held out.
+
+    Where only a `share` s < 1 of what the held-out rays add to x̂ is added, Σ is the covariance of the error of that
+    mean, Σ_{x|y} + (1 − s)² (Σ_{x|y_t} − Σ_{x|y}), y_t the fitted rays: at 0 it is x̂, with the bars given y_t.
+    """
     def __init__(self,
                  evidence: Evidence, # hyperparameters and rows of AJ
                  scale: float = 1.0, # s, multiplies every standard deviation (see `calibration`)
@@ -37,7 +41,7 @@ class Posterior:
         if not 0 <= share <= 1: raise ValueError(f"share: {share} must be from 0, the fit, to 1, the mean given all")
         self.evidence, self.model, self.lin = evidence, evidence.model, evidence.model.lin
         self.scale, self.share = scale, share
-        self.found = asdict(evidence.prior), evidence.noise_std # what pieces depend on, beside the linear model
+        self.found = asdict(evidence.prior), evidence.noise_std, share # what pieces depend on, beside the linear model
 
     @cached_property
     def mean(self) -> Tensor: # (H, W)
@@ -57,7 +61,7 @@ class Posterior:
         for i in tqdm(range(0, len(variance), chunk), "std", disable=not progress):
             e = unit_vectors(image.shape, range(i, min(i + chunk, len(variance))), image)
             def make():
-                prior, explained = (C.diagonal() for C in self.evidence.covariance.explained(pull(e)))
+                prior, explained = (C.diagonal() for C in self.evidence.covariance.explained(pull(e), self.share))
                 return dict(variance=torch.maximum(prior - explained, smallest * prior))
             variance[i:i + chunk] = self.lin.piece(f"std-{i}", make, {}, chunk, self.found)["variance"]
         return self.scale * variance.sqrt().view(image.shape)
@@ -71,6 +75,7 @@ class Posterior:
         push = self.lin.pushforward(batch)
         def make(size):
             theta, rays = K.draw(size, generator)
+            if self.share < 1: rays = rays - (1 - self.share) * K.unseen(size, generator)
             parts = (theta - K.weights_given(rays)).split(batch)
             return dict(x=torch.cat([push(part) for part in parts]), generator=generator.get_state())
         bar = tqdm(desc="samples", total=n, disable=not progress)
@@ -121,7 +126,7 @@ class Posterior:
         if tuple(operator.domain_shape) != tuple(self.lin.recon.image.shape):
             raise ValueError(f"operator: it takes images of shape {tuple(operator.domain_shape)}, but the posterior's "
                              f"have {tuple(self.lin.recon.image.shape)}; build it for these")
-        prior, explained = self.evidence.covariance.explained(self.lin.rows(operator, free_pixels=True))
+        prior, explained = self.evidence.covariance.explained(self.lin.rows(operator, free_pixels=True), self.share)
         return operator(self.mean), self.scale**2 * (prior - explained)
 
 # %% ../nbs/18_posterior.ipynb #30b28865

@@ -247,15 +247,15 @@ def _ray_transform(geometry, shape):
 def _directions(angles, period, limit=1e-6):
     "Number of each angle's direction from the smallest angle on, those within `limit` sharing one; where these are."
     way = np.mod(angles - angles.min(), period)
-    order = np.argsort(way)
-    limit = np.clip(way.max() / (4 * len(way)), 1e-6, max(limit, 1e-6))
-    first = np.diff(way[order], prepend=-period) > limit
-    which, places = np.empty(len(way), int), way[order][first]
-    which[order] = np.cumsum(first) - 1
-    if len(places) > 1 and way.max() > period - limit:  # round the circle: the last belong to the first
-        which, places = which % (len(places) - 1), places[:-1]
-    return which, places
-
+    around = np.sort(way)
+    span = period - np.diff(around, append=around[0] + period).max()
+    limit = np.clip(span / (4 * len(way)), 1e-6, max(limit, 1e-6))
+    way[way >= period - limit] -= period  # round the circle: the last belong to the first
+    which, places = np.empty(len(way), int), []
+    for k in np.argsort(way, kind="stable"):
+        if not places or way[k] > places[-1] + limit: places.append(way[k])
+        which[k] = len(places) - 1
+    return which, np.array(places)
 
 # %% ../nbs/03_rays.ipynb #6ca71f78
 def field_of_view(A: LinearOperator) -> torch.Tensor:  # domain_shape, bool

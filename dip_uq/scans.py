@@ -235,8 +235,8 @@ def load_htc2022(name_or_path: str | Path = "ta",  # "ta", "tb", "solid_disc", o
 def doubts(scan: Scan) -> list[str]:
     "Questions about a scan that can be reconstructed, but looks like a common mistake, most of them about tomography."
     A, y = scan.operator, scan.measurement.double()
-    told = [f"noise_std is {r:.1f} times as large as it can be after what even a rough image leaves of the readings; "
-            "it is estimated instead"] if (r := loudness(scan)) > 1 else []
+    told = [f"noise_std is {r:.1f} times as large as noise can be, if independent, that even a rough image leaves of "
+            "the readings; it is estimated instead"] if (r := loudness(scan)) > 1 else []
     if (not isinstance(A, RayTransform) or y.mean() >= 0) and (span := negative_range(scan)):
         told.append(f"the readings ask for values below zero, down to about {span[0]:.3g}; may the image have them, as "
                     "a difference or a phase may, or is a background or a sign wrong? The network is given that range")
@@ -279,11 +279,12 @@ def read_beyond_noise(y: torch.Tensor, rays: torch.Tensor) -> float:
     return max(float(some.square().mean()) - scatter(y)**2 * (1 + 5 * (2 / len(some))**0.5), 0.0)**0.5
 
 def dead_bins(y: torch.Tensor) -> list[int]:
-    "Bins of (projections, bins) whose readings are all the same, beside one on either side whose readings are not."
-    alive = torch.nn.functional.pad((y != y[0]).any(0), (1, 1))
-    return (~alive[1:-1] & alive[2:] & alive[:-2]).nonzero()[:, 0].tolist()
+    "Bins of (projections, bins) whose readings are all the same, between others whose readings are not."
+    alive = (y != y[0]).any(0).nonzero()[:, 0].tolist()
+    return sorted({*range(alive[0], alive[-1])} - {*alive}) if alive else []
 
 def loudness(scan: Scan) -> float:
     "`noise_std` over the `largest_noise` that the readings allow: above 1 it cannot be right. 0 where it is unknown."
     if not scan.noise_std or len(scan.measurement) < 2: return 0.0
-    return scan.noise_std / max(largest_noise(scan.apart()), 1e-300)
+    limit = largest_noise(scan.apart())
+    return scan.noise_std / limit if limit > 0 else 0.0

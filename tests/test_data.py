@@ -659,3 +659,25 @@ def test_htc_disc_has_no_truth():
 @needs_htc
 def test_htc_hashes():
     for name, known in scans._HTC.registry.items(): assert pooch.file_hash(HTC / name) == known
+
+
+def test_directions_of_an_arc_that_is_seen_from_both_sides():
+    "102 projections along 51 lines, 20 degrees wide: rounding at the end of the half turn must not make them one."
+    d = np.arange(-10, 10.01, 0.4)
+    g = parallel_beam(np.deg2rad(np.r_[d, 180 + d]), (64, 64), 128).geometry
+    assert len(set(g.directions)) == 51 and (np.bincount(g.directions) == 2).all()
+
+
+def test_dense_angles_are_not_one_direction():
+    "A hundred angles within ten degrees, a hundred in the rest: neighbours may be twins, but not all of a long row."
+    degrees = np.r_[np.linspace(0, 10, 100), np.linspace(10.9, 180, 100, endpoint=False)]
+    g = parallel_beam(np.deg2rad(degrees), (128, 128), 180).geometry
+    for k in range(g.directions.max() + 1): assert np.ptp(degrees[g.directions == k]) < np.rad2deg(1 / 90)
+
+
+def test_what_is_held_out_was_measured_least():
+    "Of 14 directions one was measured 101 times: two of the others are held out, wherever it is."
+    for often in range(14):
+        A = parallel_beam(np.r_[np.arange(14), [often] * 100] * np.pi / 14, (8, 8), 12)
+        scan = simulate(walnut(8), A).apart()
+        assert len(scan.held_out) <= 3 and often not in scan.held_out

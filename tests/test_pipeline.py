@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from dip_uq.data import Scan, ellipses, rectangles, shepp_logan, simulate, walnut
+from dip_uq.data import Scan, ellipses, negative_range, rectangles, shepp_logan, simulate, walnut
 from dip_uq.networks import UNet
 from dip_uq.operators import as_operator, blur, fourier, mask
 from dip_uq.pipeline import solve
@@ -98,7 +98,7 @@ def test_noise_that_is_understated_is_told(scan, factor):
 def test_noise_that_is_overstated_is_told_and_not_believed(scan, factor):
     loud = replace(scan, noise_std=factor * scan.noise_std)
     found, unknown = answered(loud), answered(replace(scan, noise_std=None))
-    assert "times as large as it can be" in found.doubts[0] and found.doubts[0] in doubts(loud)
+    assert "times as large as noise can be" in found.doubts[0] and found.doubts[0] in doubts(loud)
     assert torch.equal(found.image, unknown.image) and torch.equal(found.std, unknown.std)
 
 
@@ -153,6 +153,26 @@ def test_images_below_zero():
     assert low.summary()["psnr"] > high.summary()["psnr"] - 2 # 7 without the range
     assert "values below zero" in low.doubts[0] and "below zero" not in str(high.doubts)
     assert 0.7 < low.summary()["zstd"] / high.summary()["zstd"] < 1.4
+
+
+def test_half_above_and_half_below_zero():
+    "The first steps of Landweber's iteration must not be too long for an image that looks like no other."
+    A, image = parallel_beam(np.arange(20) * np.pi / 20, (32, 32), 46), torch.ones(32, 32)
+    image[:, 16:] = -1
+    for noise, seed in ((0.01, 3), (0.01, 5), (0.05, 3)):
+        scan = simulate(image, A, noise, seed)
+        assert loudness(scan) < 1 and negative_range(scan)[0] == pytest.approx(-1, rel=0.5)
+
+
+def test_a_dead_bin_is_not_below_zero():
+    A = parallel_beam(np.arange(14) * np.pi / 14, (20, 20), 29)
+    for noise in (0.02, 0.6):
+        for seed in range(4):
+            scan = simulate(walnut(20, seed), A, noise, seed)
+            dead = scan.measurement.where(torch.arange(29) != 12, 0)
+            for told in (replace(scan, measurement=dead), replace(scan, noise_std=scan.noise_std / 30)):
+                assert negative_range(told) is None
+            assert "of bins 12 every reading is the same" in str(doubts(replace(scan, measurement=dead)))
 
 
 # Directions
