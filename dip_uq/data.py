@@ -170,10 +170,12 @@ class Scan:
         if not isinstance(self.operator, LinearOperator):
             raise TypeError(f"operator is a {type(self.operator).__name__}; wrap it by dip_uq.operators.as_operator")
         put = partial(object.__setattr__, self)  # the only way to assign to a frozen dataclass
-        put("measurement", _real("measurement", self.measurement, self.operator.range_shape).detach())
+        put("measurement", _real("measurement", self.measurement, self.operator.range_shape).detach().clone())
         if self.truth is not None: put("truth", _real("truth", self.truth, self.operator.domain_shape).detach())
         if self.noise_std is not None: put("noise_std", _positive("noise_std", self.noise_std, zero=True))
         if self.pixel_size is not None: put("pixel_size", _positive("pixel_size", self.pixel_size))
+        for field in "unit", "name":
+            if not isinstance(value := getattr(self, field), str): raise TypeError(f"{field}={value!r}: pass a string")
         if self.poisson: _check_counts(self.measurement, self.noise_std)
         put("held_out", _check_held_out(self.held_out, len(self.measurement)))
 
@@ -214,7 +216,8 @@ class Scan:
 
     def fingerprint(self) -> torch.Tensor:  # of the operator's range_shape
         "What the operator makes of one fixed random image: another operator makes something else of it."
-        image = torch.rand(self.operator.domain_shape, generator=torch.Generator().manual_seed(0))
+        draw = torch.Generator().manual_seed(0)
+        image = torch.rand(self.operator.domain_shape, generator=draw, dtype=torch.float32)
         return self.operator(image.to(self.measurement)).detach()
 
     def check_operator(self, fingerprint: torch.Tensor | None, source: str) -> None:
@@ -382,8 +385,8 @@ def negative_range(scan: Scan) -> tuple[float, float] | None:  # lowest value of
     "Where the readings ask for an image below zero: from where to where it goes, roughly. Otherwise None."
     if scan.poisson or len(scan.measurement) < 2 or not scan.measurement.any(): return None
     of_positive, scan = scan.fingerprint(), scan.apart()
-    if of_positive.min() < -1e-3 * of_positive.abs().max(): return None
-    def below(image, expected=0.0): return image.clamp(max=0).square().sum() - expected > 0.1 * image.square().sum()
+    share = 0.1 if of_positive.min() > -1e-3 * of_positive.abs().max() else 0.35
+    def below(image, expected=0.0): return image.clamp(max=0).square().sum() - expected > share * image.square().sum()
     x = cgls(scan.training.operator, scan.training.measurement, 10)
     if not below(x): return None
     limit, image, of_noise = min(_trials(scan), key=lambda trial: trial[0])

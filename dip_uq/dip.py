@@ -59,7 +59,8 @@ def first_guess(scan: Scan, # only the readings that may be fitted are used
     if isinstance(start, Tensor): return (_real("start", start, rough.shape).to(rough) / scale)[None, None], scale
     if start not in STARTS: raise ValueError(f"start: {start!r} is unknown; choose one of {', '.join(STARTS)}")
     if start == "noise":
-        return torch.rand(1, channels, *rough.shape, generator=torch.Generator().manual_seed(seed)).to(rough), scale
+        return torch.rand(1, channels, *rough.shape, generator=torch.Generator().manual_seed(seed),
+                          dtype=torch.float32).to(rough), scale
     if start == "smooth": rough = blur(rough.shape, 4.0)(rough)
     if start == "fbp": rough = fbp(A, y, "hann")
     return (rough / scale)[None, None], scale
@@ -373,7 +374,7 @@ def reconstruct(scan: Scan, # what was measured; its truth, if any, is only scor
     check_arguments(scan, net, stop, progress, educated)
     tv = tv_for_noise(scan) if tv is None else _positive("tv", tv, zero=True)
     learning_rate, jitter = _positive("learning_rate", learning_rate), _positive("jitter", jitter, zero=True)
-    iterations, seed = _whole("iterations", iterations), _whole("seed", seed, 0)
+    iterations, seed = _whole("iterations", iterations), _whole("seed", seed, 0, 2**31 - 1)
     if stop == "heldout": scan = scan.apart()
     settings = dict(tv=tv, iterations=iterations, stop=stop, learning_rate=learning_rate, seed=seed,
                     start="image" if isinstance(start, Tensor) else start, jitter=jitter,

@@ -89,6 +89,9 @@ def _scan_from(fields: Mapping, where: str, angles: int | None = None, size: int
     y, degrees = _sinogram(_field(fields, "measurement", where), _field(fields, "angles", where), where)
     few, radians = _whole("angles", len(y) if angles is None else angles, 1, len(y)), np.deg2rad(degrees)
     beam, distances = _beam(str(_field(fields, "geometry", where)), where)
+    if odd := {"source_origin", "origin_detector"} & {*fields} - {*distances}:
+        raise ValueError(f"{where}: {', '.join(sorted(odd))} is for geometry='fan', but geometry is 'parallel'; change "
+                         "one of the two")
     lengths: dict[str, Any] = {key: number(key) for key in ("pixel_size", "bin_size", *distances)}
     index = _thinned(Geometry(radians, y.shape[1], **lengths).directions, few)
     y, group = _bin(y[index], bins, where)
