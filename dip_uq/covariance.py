@@ -289,18 +289,20 @@ class Covariance:
             D = X @ X.T
         return torch.stack([torch.dot(D.flatten(), G.flatten()) for G in self.grams] + [D.trace()]).cpu()
 
-    def weights_given(self, r: Tensor) -> Tensor: # (rays, b) → (b, parameters)
-        "Σ_θ (AJ)ᵀ K⁻¹ r: the most probable weights where the rays are `r`."
-        return self.prior.apply(self.model.lin, self.model.to_weights(self.solve(r)))
+    def weights_given(self, r: Tensor, part: float = 1.0) -> Tensor: # (rays, b) → (b, parameters)
+        "Σ_θ (AJ)ᵀ K⁻¹ r: the most probable weights where the rays are `r`; only a `part` of what held-out rays add."
+        if part == 1: u = self.solve(r)
+        else:
+            white = torch.linalg.solve_triangular(self.factor, r, upper=False)
+            white[self.model.training:] *= part
+            u = torch.linalg.solve_triangular(self.factor.mT, white, upper=True)
+        return self.prior.apply(self.model.lin, self.model.to_weights(u))
 
-    def explained(self, rows: Tensor, share: float = 1.0) -> tuple[Tensor, Tensor]: # (b, parameters) → both (b, b)
-        """The prior covariance of `rows` · θ, and how much less it is once the rays are known.
-
-        Where only a `share` s of what the held-out rays say is believed, these explain 1 − (1 − s)² of their part.
-        """
+    def explained(self, rows: Tensor, part: float = 1.0) -> tuple[Tensor, Tensor]: # (b, parameters) → both (b, b)
+        "The prior covariance of `rows` · θ, and how much less it is with the rays, held-out ones to a `part`."
         moved = self.prior.apply(self.model.lin, rows)
         white = torch.linalg.solve_triangular(self.factor, self.model.to_rays(moved)[:self.rays], upper=False)
-        white[self.model.training:] *= math.sqrt(1 - (1 - share)**2)
+        white[self.model.training:] *= math.sqrt(part)
         return (rows @ moved.T).double(), white.T @ white
 
     def unseen(self, n: int, generator: torch.Generator) -> Tensor: # (rays, n)

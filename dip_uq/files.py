@@ -64,7 +64,8 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     "Read a file of `save_tensors`; a foreign, truncated or missing one raises ValueError."
     try:
         with safe_open(path, "pt") as f: about, tensors = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}
-        if about.get("digest", whole := digest(dict(sorted(tensors.items())))) != whole: raise ValueError("its numbers were changed")
+        whole = digest(dict(sorted(tensors.items())))
+        if about.get("digest", whole) != whole: raise ValueError("its numbers were changed")
         return tensors, json.loads(about["about"])
     except Exception as e:
         raise ValueError(f"path: {str(path)!r} is not a complete file saved by dip_uq ({e}); save it again") from e

@@ -40,7 +40,7 @@ class Posterior:
         if not 0 < scale < math.inf: raise ValueError(f"scale: {scale} must be positive and finite; 1 changes nothing")
         if not 0 <= share <= 1: raise ValueError(f"share: {share} must be from 0, the fit, to 1, the mean given all")
         self.evidence, self.model, self.lin = evidence, evidence.model, evidence.model.lin
-        self.scale, self.share = scale, share
+        self.scale, self.share, self.part = scale, share, 1 - (1 - share)**2 # of the variance held-out rays take away
         self.found = asdict(evidence.prior), evidence.noise_std, share # what pieces depend on, beside the linear model
 
     @cached_property
@@ -61,7 +61,7 @@ class Posterior:
         for i in tqdm(range(0, len(variance), chunk), "std", disable=not progress):
             e = unit_vectors(image.shape, range(i, min(i + chunk, len(variance))), image)
             def make():
-                prior, explained = (C.diagonal() for C in self.evidence.covariance.explained(pull(e), self.share))
+                prior, explained = (C.diagonal() for C in self.evidence.covariance.explained(pull(e), self.part))
                 return dict(variance=torch.maximum(prior - explained, smallest * prior))
             variance[i:i + chunk] = self.lin.piece(f"std-{i}", make, {}, chunk, self.found)["variance"]
         return self.scale * variance.sqrt().view(image.shape)
@@ -126,7 +126,7 @@ class Posterior:
         if tuple(operator.domain_shape) != tuple(self.lin.recon.image.shape):
             raise ValueError(f"operator: it takes images of shape {tuple(operator.domain_shape)}, but the posterior's "
                              f"have {tuple(self.lin.recon.image.shape)}; build it for these")
-        prior, explained = self.evidence.covariance.explained(self.lin.rows(operator, free_pixels=True), self.share)
+        prior, explained = self.evidence.covariance.explained(self.lin.rows(operator, free_pixels=True), self.part)
         return operator(self.mean), self.scale**2 * (prior - explained)
 
 # %% ../nbs/18_posterior.ipynb #30b28865

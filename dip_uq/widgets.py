@@ -271,7 +271,7 @@ def covariance_with_region(posterior: Posterior,
     "Σ_{x|y} e: the posterior covariance of every pixel with Σᵢ eᵢ xᵢ."
     lin, K = posterior.lin, posterior.evidence.covariance
     moved = K.prior.apply(lin, lin.vjp(region.to(lin.recon.image)[None]))
-    return posterior.scale**2 * lin.jvp(moved - K.weights_given(posterior.model.to_rays(moved)))[0]
+    return posterior.scale**2 * lin.jvp(moved - K.weights_given(posterior.model.to_rays(moved), posterior.part))[0]
 
 # %% ../nbs/25_widgets.ipynb #e2cfceb3
 def draw_posterior(solution: Solution,
