@@ -40,8 +40,9 @@ def command(folder, stuck=False):
     dip.STATE_SECONDS, dip.SHARE = 0.0, np.inf
     os.dup2(os.open(f"{folder}.err", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     def endless(*args, **options):
+        left, right = torch.ones(10**4, 10**4), torch.ones(10**4, 10**5)
         Path(f"{folder}.stuck").touch()
-        return torch.ones(10**4, 10**4) @ torch.ones(10**4, 10**5)
+        return left @ right
     if stuck: pipeline.fit_evidence = endless
     signal.signal(signal.SIGINT, signal.default_int_handler)  # where pytest runs in the background, it is ignored
     sys.argv = ["dip-uq", *DEMO, "--out", str(folder)]
@@ -122,7 +123,7 @@ def test_interrupted_where_python_cannot_see_it(tmp_path):
     "In a product of matrices that takes minutes."
     process = start(tmp_path / "out", True)
     while not (tmp_path / "out.stuck").exists(): time.sleep(0.01)
-    time.sleep(0.5)  # to make the factors
+    time.sleep(0.5)  # to be inside
     os.kill(process.pid, signal.SIGINT)
     began = time.perf_counter()
     process.join(20)
