@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['shepp_logan', 'ellipses', 'rectangles', 'walnut', 'Scan', 'gaussian_noise', 'poisson_noise', 'simulate',
-           'seen_and_unseen', 'largest_noise', 'scatter', 'extent', 'negative_range']
+           'seen_and_unseen', 'largest_noise', 'difference_noise', 'extent', 'negative_range']
 
 # %% ../nbs/04_data.ipynb #ea215972
 import math
@@ -369,7 +369,7 @@ def largest_noise(scan: Scan) -> float:  # in the measurement's unit
     "The largest standard deviation that noise can have after what rough images leave of fitted and unseen readings."
     return 1.05 * math.sqrt(min(limit for limit, _, _ in _trials(scan))) if scan.measurement.any() else 0.0
 
-def scatter(y: torch.Tensor) -> float:  # of (…, bins), in its unit
+def difference_noise(y: torch.Tensor) -> float:  # of (…, bins), in its unit
     "The largest noise, not shared by neighbours, that second differences of bins allow; infinite for less than 3 bins."
     second = (y[..., :-2] - 2 * y[..., 1:-1] + y[..., 2:]).double()
     return float(second.square().mean().sqrt()) / 6**0.5 if second.numel() else math.inf
@@ -390,6 +390,6 @@ def negative_range(scan: Scan) -> tuple[float, float] | None:  # lowest value of
     x = cgls(scan.training.operator, scan.training.measurement, 10)
     if not below(x): return None
     limit, image, of_noise = min(_trials(scan), key=lambda trial: trial[0])
-    noise = min(limit, scatter(scan.measurement)**2) # nobody's word is taken for it: a dead bin is no noise either
+    noise = min(limit, difference_noise(scan.measurement)**2) # and not what is claimed: a dead bin is no noise either
     low, high = extent(-x), max(extent(x), 0.0)
     return (-low, low + high) if below(image, noise * of_noise.square().sum() / 2) else None

@@ -11,7 +11,6 @@ __all__ = ['STARTS', 'STOPS', 'STATE_SECONDS', 'FIGURE_SECONDS', 'SHARE', 'total
 # %% ../nbs/07_dip.ipynb #3b50f94f
 import copy
 import math
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .data import Scan, _check_peak, _positive, _real, _whole, extent, negative_range
-from .files import digest, keep_tensors, load_tensors, named, save_tensors
+from .files import digest, keep_tensors, kept_tensors, load_tensors, named, save_tensors
 from .networks import NETWORKS, UNet, fresh, optimizer_tensors, restore_optimizer, seeded
 from .operators import blur, cgls
 from .plotting import show_image
@@ -277,8 +276,7 @@ def keep_state(run: Run, path: str | Path, scan: Scan, z: Tensor, settings: dict
     "Take up the state in `path`, if it is there and belongs to this run; returns what writes the state."
     mine = dict(settings=settings, held_out=list(scan.held_out),
                 network=[type(run.net).__name__, getattr(run.net, "settings", None)])
-    try: tensors, about = load_tensors(path) if Path(path).exists() else ({}, {})
-    except ValueError as e: tensors, about = warnings.warn(f"resume: {e}; the fit begins anew") or {}, {}
+    tensors, about = kept_tensors(path)
     if tensors:
         remedy = "repeat its arguments, scan and network to go on, remove the file to begin anew, or name another"
         shapes = {k: v.shape for k, v in named(tensors, "net.").items()}

@@ -174,7 +174,7 @@ class Linearization:
         "Of all that this model depends on: network, input, scan, rays held out, free pixels."
         tensors, about = self.recon.parts()
         if self.pixels is not None: tensors[FREE] = self.pixels
-        seen = {k: tensors[k] for k in sorted(tensors) if not k.startswith("history.")}
+        seen = {k: v for k, v in tensors.items() if not k.startswith("history.")}
         return digest(seen, about["held_out"], version("dip_uq"))
 
     def piece(self, name: str, make: Callable[[], dict[str, Tensor]],

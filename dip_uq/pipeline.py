@@ -39,7 +39,7 @@ from .networks import UNet, seeded
 from .plotting import sections, show_image, small_text
 from .posterior import Posterior
 from .rays import RayTransform, fbp, field_of_view
-from .scans import doubts, loudness
+from .scans import doubts, noise_excess
 from .scores import draw_calibration, draw_error_against_std
 
 # %% ../nbs/23_pipeline.ipynb #55e9afa0
@@ -162,7 +162,7 @@ class Solution(ImageOnly):
 
     @property
     def image(self) -> Tensor: # (H, W)
-        "The posterior mean."
+        "The fit, moved by as much of what the held-out rays say as is believed: by all of it, the posterior mean."
         return self.posterior.mean
 
     @property
@@ -195,7 +195,7 @@ class Solution(ImageOnly):
             parameters=sum(m.weight.numel() for m in convolutions(self.recon.net).values()),
             heldout_zstd=check.z_std, heldout_coverage95=check.coverage95, heldout_scale=check.scale,
             heldout_scale_error=check.scale_error, correction=check.correction,
-            heldout_support=check.support, share=self.posterior.share,
+            heldout_agreement=check.agreement, share=self.posterior.share,
             noise_std=evidence.noise_std, std_method=self.std_method,
             evidence=dict(value=evidence.value, method=evidence.covariance.kind, objective=evidence.objective,
                           evaluations=evidence.evaluations),
@@ -267,7 +267,7 @@ def check_fit(scan: Scan, net: nn.Module | None, progress: bool, state: State, f
 
 def fitted(scan: Scan, net: nn.Module, state: State, seconds: dict[str, float], **fit) -> Reconstruction:
     "The fit of `solve`, which an interruption ends."
-    if loudness(scan) > 1: scan = replace(scan, noise_std=None)
+    if noise_excess(scan) > 1: scan = replace(scan, noise_std=None)
     if state.folder: fit["resume"] = state.folder / "fit.safetensors"
     with stage("the fit", state, seconds, "dip"):
         recon = reconstruct(scan, net, stop="heldout", **fit)
@@ -316,7 +316,7 @@ def solve(scan: Scan, # what was measured
     with stage("the error bars", kept, seconds, "posterior"):
         check = check_held_out(evidence)
         met = recon.scan.noise_std and fitted_noise(lin) <= recon.scan.noise_std # otherwise nobody knows the noise
-        for share in (1.0 if met else check.support, 0.0):
+        for share in dict.fromkeys((1.0 if met else check.agreement, 0.0)):
             posterior = Posterior(evidence, check.correction, share)
             std = (posterior.sampled_std(samples, recon.settings["seed"], progress) if samples
                    else posterior.std(progress=progress))

@@ -40,8 +40,13 @@ class Posterior:
         if not 0 < scale < math.inf: raise ValueError(f"scale: {scale} must be positive and finite; 1 changes nothing")
         if not 0 <= share <= 1: raise ValueError(f"share: {share} must be from 0, the fit, to 1, the mean given all")
         self.evidence, self.model, self.lin = evidence, evidence.model, evidence.model.lin
-        self.scale, self.share, self.part = scale, share, 1 - (1 - share)**2 # of the variance held-out rays take away
+        self.scale, self.share = scale, share
         self.found = asdict(evidence.prior), evidence.noise_std, share # what pieces depend on, beside the linear model
+
+    @property
+    def part(self) -> float:
+        "1 − (1 − share)², the part of what the held-out rays take off the variance that is taken off."
+        return 1 - (1 - self.share)**2
 
     @cached_property
     def mean(self) -> Tensor: # (H, W)

@@ -100,6 +100,7 @@ def conformal_factor(error: Tensor, # (m, …): those of m images, or of whateve
 # %% ../nbs/20_scores.ipynb #ae56f15e
 def draw_error_against_std(ax: plt.Axes, error: Tensor, std: Tensor, unit: str, groups: int = 12) -> None:
     "Root-mean-square error of equal groups of pixels, sorted by their predicted standard deviation."
+    error, std = error.flatten(), std.flatten()
     order = std.argsort()
     parts = order.tensor_split(min(groups, len(order)))
     predicted, found = (torch.stack([v[i].square().mean().sqrt() for i in parts]) for v in (std, error))

@@ -5,6 +5,7 @@ import runpy
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -75,3 +76,10 @@ def test_a_missing_device_is_told_before_any_work(device, tmp_path, capsys):
     assert main(["reconstruct", "missing.npz", "--device", device, "--out", str(tmp_path / "out")]) == 2
     err = capsys.readouterr().err
     assert err.startswith(f"dip-uq: --device {device}: ") and err.endswith("; choose one of cpu\n") and err.count("\n") == 1
+
+
+def test_pretraining_that_is_interrupted_is_no_result(tmp_path, monkeypatch, capsys):
+    taught = SimpleNamespace(card=dict(stopped="interrupted", steps=3), save=lambda path: path.touch())
+    monkeypatch.setattr("dip_uq.cli.pretrain", lambda *args, **options: taught)
+    assert main(["pretrain", "--out", str(tmp_path / "weights"), "--quiet"]) == 130
+    assert not list(tmp_path.iterdir()) and "goes on" in capsys.readouterr().err

@@ -166,8 +166,8 @@ def test_angles_in_order_measured_once_go_by_position(kind, count, start, part, 
     ("parallel", 180, True), ("parallel", 180.02, True), ("parallel", 181, False), ("parallel", 360, True),
     ("fan", 180, False), ("fan", 360.02, True), ("fan", 361, False)])
 def test_what_twins_are(kind, offset, twins):
-    degrees = np.arange(0, 160, 16.)
     "At the rim, 0.02° are 0.03 pixels and 1° is 1.7."
+    degrees = np.arange(0, 160, 16.)
     assert scan_of(kind, np.append(degrees, degrees + offset)).directions.max() + 1 == (10 if twins else 20)
 
 
@@ -681,3 +681,25 @@ def test_what_is_held_out_was_measured_least():
         A = parallel_beam(np.r_[np.arange(14), [often] * 100] * np.pi / 14, (8, 8), 12)
         scan = simulate(walnut(8), A).apart()
         assert len(scan.held_out) <= 3 and often not in scan.held_out
+
+
+def test_distances_are_not_ignored_where_rays_are_said_to_be_parallel(tmp_path):
+    np.savez(tmp_path / "scan.npz", measurement=np.ones((6, 24)), angles=np.arange(6) * 30, geometry="parallel", bin_size=1,
+             pixel_size=1, size=16, source_origin=80)
+    with pytest.raises(ValueError, match="source_origin is for geometry='fan', but geometry is 'parallel'"):
+        load_scan(tmp_path / "scan.npz")
+
+
+def test_a_scan_stays_as_it_was_made():
+    "Whatever becomes of the tensor that it was made from, and of torch's default type; its texts are texts."
+    A = parallel_beam(np.arange(6) * np.pi / 6, (8, 8), 12)
+    y = torch.ones(6, 12)
+    scan = Scan(y, A)
+    y.mul_(5)
+    assert scan.measurement.max() == 1
+    mark = scan.fingerprint()
+    torch.set_default_dtype(torch.float64)
+    try: assert torch.equal(scan.fingerprint(), mark)
+    finally: torch.set_default_dtype(torch.float32)
+    for field in "name", "unit":
+        with pytest.raises(TypeError, match=f"^{field}=.*: pass a string"): replace(scan, **{field: ["no", "text"]})

@@ -5,15 +5,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 
 from dip_uq.data import Scan, ellipses, negative_range, rectangles, shepp_logan, simulate, walnut
 from dip_uq.networks import UNet
 from dip_uq.operators import as_operator, blur, fourier, mask
-from dip_uq.pipeline import solve
+from dip_uq.pipeline import solve, solve_image
 from dip_uq.posterior import Posterior
 from dip_uq.rays import fan_beam, parallel_beam
-from dip_uq.scans import doubts, load_htc2022, loudness
+from dip_uq.scans import doubts, load_htc2022, noise_excess
 
 FILES = {"posterior.safetensors", "result.safetensors", "summary.json", "image.tif", "std.tif", "samples.npz", "report.png"}
 
@@ -112,7 +113,7 @@ def test_noise_is_not_called_overstated_by_chance(name):
     "Scans of nothing but noise, told as it is: one in a thousand may be called overstated. Four times as much is for most."
     A = LOUD[name]
     draws = torch.randn(100, *A.range_shape, generator=torch.Generator().manual_seed(0))
-    found = np.array([loudness(Scan(y, A, noise_std=1.0)) for y in draws])
+    found = np.array([noise_excess(Scan(y, A, noise_std=1.0)) for y in draws])
     assert (found > 1).sum() <= 1 and (4 * found > 1).mean() > 0.9, (found.max(), found.min())
 
 
@@ -129,7 +130,7 @@ def test_noise_that_neighbours_share_is_not_called_overstated():
     white = torch.randn(20, 63, generator=torch.Generator().manual_seed(0))
     for width in (1, 2, 3, 4):
         y = white.unfold(1, width, 1).mean(-1)[:, :60]
-        assert loudness(Scan(y, A, noise_std=float(y.std()))) < 1
+        assert noise_excess(Scan(y, A, noise_std=float(y.std()))) < 1
 
 
 def test_no_noise_at_all_is_not_believed(scan):
@@ -161,7 +162,7 @@ def test_half_above_and_half_below_zero():
     image[:, 16:] = -1
     for noise, seed in ((0.01, 3), (0.01, 5), (0.05, 3)):
         scan = simulate(image, A, noise, seed)
-        assert loudness(scan) < 1 and negative_range(scan)[0] == pytest.approx(-1, rel=0.5)
+        assert noise_excess(scan) < 1 and negative_range(scan)[0] == pytest.approx(-1, rel=0.5)
 
 
 def test_a_dead_bin_is_not_below_zero():
@@ -173,6 +174,35 @@ def test_a_dead_bin_is_not_below_zero():
             for told in (replace(scan, measurement=dead), replace(scan, noise_std=scan.noise_std / 30)):
                 assert negative_range(told) is None
             assert "of bins 12 every reading is the same" in str(doubts(replace(scan, measurement=dead)))
+
+
+def test_signed_readings_of_an_image_below_zero():
+    "Half of k-space: with the wrong range the image had 9 dB."
+    A = fourier(torch.rand(24, 24, generator=torch.Generator().manual_seed(0)) < 0.5)
+    assert negative_range(simulate(walnut(24), A, 0.02)) is None
+    assert negative_range(simulate(walnut(24) - 0.5, A, 0.02))[0] == pytest.approx(-0.5, rel=0.5)
+
+
+@pytest.mark.parametrize("A", [parallel_beam(np.arange(100) * np.pi / 100, (16, 16), 5, 4.0), blur((24, 24), 2.0)])
+def test_what_readings_leave_open_is_told(A):
+    "A few wide bins, or pixels that a blur ties to their neighbours: bars as long as the image's range, and the fit is kept."
+    found = solve(simulate(walnut(A.domain_shape[0], 1), A, 0.05), UNet(2, 8), iterations=150, progress=False)
+    assert "as long as the values of the image are apart" in str(found.doubts)
+    assert found.posterior.share == 0 and torch.allclose(found.image, found.recon.image, atol=1e-6)
+
+
+def test_an_image_alone_leaves_no_bars_of_another_scan(tmp_path):
+    scan = simulate(ball(12, 12), beam(12, 12))
+    options = dict(net=UNet(2, 4), iterations=20, progress=False)
+    solve(scan, **options).save(tmp_path)
+    solve_image(scan, **options).save(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"result.safetensors", "summary.json", "image.tif", "report.png"}
+
+
+def test_volumes_are_grey(tmp_path):
+    "Four slices are four pages, not one picture of four colours."
+    solved(mask(torch.ones(4, 12, 12, dtype=torch.bool)), ball(4, 12, 12)).save_figures(tmp_path)
+    with tifffile.TiffFile(tmp_path / "image.tif") as tif: assert [page.shape for page in tif.pages] == [(12, 12)] * 4
 
 
 # Directions
