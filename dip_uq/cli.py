@@ -30,7 +30,7 @@ import psutil
 import torch
 
 from . import __version__
-from .data import Scan, simulate, walnut
+from .data import Scan, _whole, simulate, walnut
 from .files import check_folder
 from .networks import UNet
 from .pipeline import ImageOnly, headline, solve, solve_image
@@ -40,6 +40,7 @@ from .scans import doubts, load_scan
 # %% ../nbs/26_cli.ipynb #707aafdd
 def demo_scan(size: int = 96, angles: int = 30, noise: float = 0.05, seed: int = 0) -> Scan:
     "A simulated walnut slice: `angles` fan-beam projections over a full turn, with Gaussian `noise` · mean|Ax|."
+    seed = _whole("seed", seed, 0)
     return replace(simulate(walnut(size, seed), fan_scanner(size, angles), noise, seed), name=f"walnut {seed}")
 
 # %% ../nbs/26_cli.ipynb #d2a7d23d
@@ -194,7 +195,7 @@ def in_one_line(error: Exception) -> str:
 
 def check_device(name: str) -> None:
     "Raise ValueError unless torch can put something on the device `name`, as `--device` gives it."
-    try: torch.zeros(1, device=name)
+    try: torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as e:
         here = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
         raise ValueError(f"--device {name}: {str(e).splitlines()[0]}; choose one of {', '.join(here)}") from e

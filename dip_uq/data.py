@@ -39,6 +39,8 @@ def _real(name: str,  # what the value is called in messages
     if not torch.is_tensor(value):
         if value.dtype.kind not in "biufc": raise TypeError(f"{name} must hold numbers, not data of type {value.dtype}")
         value = torch.from_numpy(value.astype(complex if value.dtype.kind == "c" else float))
+    if value.layout != torch.strided or value.is_quantized or value.is_meta:
+        raise TypeError(f"{name} is a sparse, quantised or meta tensor; pass a dense one of ordinary numbers")
     if value.is_complex(): raise TypeError(f"{name} is complex; pass its real part or its modulus")
     if not value.numel(): raise ValueError(f"{name} is empty (shape {tuple(value.shape)}): nothing was measured")
     if shape is not None: _check_shape(name, tuple(value.shape), tuple(shape))
@@ -56,7 +58,7 @@ def _check_shape(name: str, shape: tuple, expected: tuple) -> None:
 # %% ../nbs/04_data.ipynb #ec782b1c
 def _whole(name: str, value: int, low: int = 1, high: int | None = None) -> int:
     "`value` as an int of at least `low` and at most `high`, or a clear error."
-    try: number = op.index(value)
+    try: number = op.index(None if isinstance(value, bool) else value)
     except TypeError: raise TypeError(f"{name} must be a whole number, got {value!r}") from None
     if number < low or (high is not None and number > high):
         raise ValueError(f"{name}={number} is out of range: choose {low} {'or more' if high is None else f'to {high}'}")
@@ -65,6 +67,7 @@ def _whole(name: str, value: int, low: int = 1, high: int | None = None) -> int:
 def _positive(name: str, value: float, zero: bool = False) -> float:
     "`value` as a finite float above zero (or zero itself, where `zero`), or a clear error."
     numbers = _real(name, value, None, torch.float64)
+    if isinstance(value, bool): raise TypeError(f"{name} must be a number, got {value!r}")
     if numbers.numel() > 1: _check_shape(name, tuple(numbers.shape), ())
     number = float(numbers)
     if number < 0 or (number == 0 and not zero):
@@ -176,6 +179,8 @@ class Scan:
         if self.pixel_size is not None: put("pixel_size", _positive("pixel_size", self.pixel_size))
         for field in "unit", "name":
             if not isinstance(value := getattr(self, field), str): raise TypeError(f"{field}={value!r}: pass a string")
+            put(field, value.encode("utf-8", "replace").decode())  # names of files may hold what no picture can show
+        if not isinstance(self.poisson, bool): raise TypeError(f"poisson={self.poisson!r}: pass True or False")
         if self.poisson: _check_counts(self.measurement, self.noise_std)
         put("held_out", _check_held_out(self.held_out, len(self.measurement)))
 

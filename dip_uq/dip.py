@@ -21,6 +21,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from IPython.display import display
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -42,7 +43,7 @@ def psnr(image: Tensor, truth: Tensor) -> float:
 
 # %% ../nbs/07_dip.ipynb #ab8b9750
 def first_guess(scan: Scan, # only the readings that may be fitted are used
-                start: str | Tensor = "noise", # one of `STARTS`, or an image
+                start: str | ArrayLike = "noise", # one of `STARTS`, or an image
                 seed: int = 0, # of the noise
                 channels: int = 1, # of the noise
                ) -> tuple[Tensor, float]:
@@ -55,7 +56,7 @@ def first_guess(scan: Scan, # only the readings that may be fitted are used
     rough = cgls(A, y, 10)
     _check_peak(y, float(rough.abs().max()))
     scale = extent(rough.abs())
-    if isinstance(start, Tensor): return (_real("start", start, rough.shape).to(rough) / scale)[None, None], scale
+    if not isinstance(start, str): return (_real("start", start, rough.shape).to(rough) / scale)[None, None], scale
     if start not in STARTS: raise ValueError(f"start: {start!r} is unknown; choose one of {', '.join(STARTS)}")
     if start == "noise":
         return torch.rand(1, channels, *rough.shape, generator=torch.Generator().manual_seed(seed),
@@ -333,6 +334,9 @@ def check_arguments(scan: Scan, net: nn.Module | None, stop: str, progress: bool
     if not isinstance(scan, Scan): raise TypeError(f"scan is a {type(scan).__name__}; make a dip_uq.data.Scan of it")
     if net is not None and not isinstance(net, nn.Module):
         raise TypeError(f"net is {net!r}, expected a torch module: pass an object such as UNet(), not its class")
+    if net is not None and not any(p.requires_grad for p in net.parameters()):
+        raise ValueError("net: none of its parameters may be changed, so there is nothing to fit; call "
+                         "net.requires_grad_(), or pass a network with parameters")
     if educated and net is None: raise ValueError("educated=True keeps the weights of net, but net is None; pass one")
     if len(scan.operator.domain_shape) not in (2, 3):
         raise ValueError(f"scan: its images have shape {scan.operator.domain_shape}, but (H, W) or (D, H, W) is needed")
@@ -353,7 +357,7 @@ def reconstruct(scan: Scan, # what was measured; its truth, if any, is only scor
                 stop: str = "variance", # rule: "variance", "heldout", "discrepancy" or "fixed"
                 learning_rate: float = 5e-3, # peak of the one-cycle schedule
                 seed: int = 0, # of the initial weights, and of all noise in the input
-                start: str | Tensor = "noise", # the input z: one of `STARTS` or an image, see `first_guess`
+                start: str | ArrayLike = "noise", # the input z: one of `STARTS` or an image, see `first_guess`
                 educated: bool = False, # start from the weights that `net` has, rather than from fresh ones
                 jitter: float = 0.0, # standard deviation of noise that is added to z, anew in each iteration
                 resume: str | Path | None = None, # keeps the state of the run; where it exists, the run goes on from it
@@ -375,7 +379,7 @@ def reconstruct(scan: Scan, # what was measured; its truth, if any, is only scor
     iterations, seed = _whole("iterations", iterations), _whole("seed", seed, 0, 2**31 - 1)
     if stop == "heldout": scan = scan.apart()
     settings = dict(tv=tv, iterations=iterations, stop=stop, learning_rate=learning_rate, seed=seed,
-                    start="image" if isinstance(start, Tensor) else start, jitter=jitter,
+                    start=start if isinstance(start, str) else "image", jitter=jitter,
                     weights=digest(net.state_dict()) if educated else "fresh")
     if net is None:
         with seeded(seed): net = UNet(dims=len(scan.operator.domain_shape))

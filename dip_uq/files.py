@@ -74,11 +74,13 @@ def named(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 # %% ../nbs/00_files.ipynb #a36b494c
-def check_folder(name: str, folder: str | Path) -> None:
-    "Make the folder that the argument `name` asks for; ValueError where it cannot be, or not be written to."
+def check_folder(name: str, folder: str | Path) -> Path:
+    "Make the folder that the argument `name` asks for; an error where it cannot be, or not be written to."
+    if not folder or not isinstance(folder, (str, os.PathLike)): raise TypeError(f"{name}={folder!r} is no folder")
     try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        TemporaryFile(dir=folder).close()
+        (path := Path(folder)).mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=path).close()
+        return path
     except OSError as e: raise ValueError(f"{name}: {e}; choose a folder that can be written") from e
 
 def keep_tensors(path: str | Path, tensors: dict[str, Tensor], about: dict) -> None:
@@ -99,8 +101,7 @@ def kept_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict]: # both emp
 class State:
     "The folder in which a run keeps the pieces that it has made, so that the same run, begun again, goes on; or none."
     def __init__(self, folder: str | Path | None = None):
-        self.folder = None if folder is None else Path(folder)
-        if self.folder is not None: check_folder("state", self.folder)
+        self.folder = None if folder is None else check_folder("state", folder)
 
     def get(self, name: str, # says all that the piece depends on
             make: Callable[[], dict[str, Tensor]],

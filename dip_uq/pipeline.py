@@ -206,8 +206,9 @@ class Solution(ImageOnly):
         if self.scan.truth is None: return dict.fromkeys(("zstd", "coverage95", "log_likelihood", "spearman"))
         where = torch.ones_like(std, dtype=torch.bool) if where is None else where.to(std.device)
         error, std = (self.image - self.scan.truth)[where], std[where]
+        rank = float(spearmanr(error.abs().cpu(), std.cpu())[0]) # NaN where one of the two is constant
         return dict(zstd=z_std(error, std), coverage95=coverage(error, std), log_likelihood=log_likelihood(error, std),
-                    spearman=float(spearmanr(error.abs().cpu(), std.cpu())[0]))
+                    spearman=None if math.isnan(rank) else rank)
 
     def image_scores(self) -> dict:
         "The same, with those of the error bars in the field of view."
@@ -304,7 +305,7 @@ def solve(scan: Scan, # what was measured
     kept, seconds = State(state), {}
     net, began = check_fit(scan, net, progress, kept, fit), perf_counter()
     if samples is None: samples = 0 if math.prod(scan.operator.domain_shape) <= 10_000 else 512
-    samples = _whole("samples", samples, 0)
+    samples = _whole("samples", samples, 0, 10**6)
     check_bars(scan, net)
     if progress: tqdm.write(announce(scan, net, fit.get("iterations", 1000), samples, kept), sys.stderr)
     recon = fitted(scan, net, kept, seconds, progress=progress, learning_rate=learning_rate, **fit)
@@ -343,7 +344,7 @@ def draw_images(axes: Sequence[plt.Axes], s: ImageOnly) -> None: # four axes
 def page(rows: int, s: ImageOnly) -> tuple[Figure, np.ndarray]: # axes (rows, 4)
     "A page of `rows` rows, with the figures and doubts of `s` on top."
     fig, axes = plt.subplots(rows, 4, figsize=(10, 2.7 * rows), dpi=70, layout="compressed", squeeze=False)
-    fig.suptitle("\n".join([headline(s.summary()), *(fill(f"Doubt: {doubt}", 150) for doubt in s.doubts)]), fontsize=8)
+    fig.suptitle("\n".join([headline(s.summary()), *(fill(f"Doubt: {doubt}", 150) for doubt in s.doubts)]), fontsize=8, parse_math=False)
     plt.close(fig)
     return fig, axes
 

@@ -69,7 +69,7 @@ def test_every_failure_is_one_line(error, message, tmp_path, capsys):
     assert capsys.readouterr().err == f"dip-uq: {in_one_line(error)}\n" and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("device", ["cuda", "cuda:0"])
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", "meta"])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here is a CUDA device")
 def test_a_missing_device_is_told_before_any_work(device, tmp_path, capsys):
     "Even before the file is looked for."

@@ -58,6 +58,11 @@ BAD_SCANS = dict(
     held_out_all=(dict(held_out=range(12)), "are all projections: leave at least one"),
     held_out_number=(dict(held_out=3), "held_out=3 is no list of projections"),
     held_out_fraction=(dict(held_out=(1.5,)), "held_out must be a whole number, got 1.5"),
+    held_out_flag=(dict(held_out=(True,)), "held_out must be a whole number, got True"),
+    noise_flag=(dict(noise_std=True), "noise_std must be a number, got True"),
+    counts_as_numbers=(dict(poisson=np.ones(12)), "pass True or False"),
+    sparse=(dict(measurement=Y.to_sparse()), "measurement is a sparse, quantised or meta tensor"),
+    meta=(dict(measurement=Y.to("meta")), "measurement is a sparse, quantised or meta tensor"),
 )
 
 

@@ -65,6 +65,12 @@ def test_a_picture_that_fails_costs_only_the_picture(tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == FILES - {"report.png"}
 
 
+def test_a_name_may_hold_what_a_picture_cannot_show(scan, tmp_path, recwarn):
+    "A dollar sign begins a formula in Matplotlib; a file's name that is not UTF-8 has surrogates in Python."
+    solve_image(replace(scan, name="$5 \udcff _{"), UNet(2, 4), iterations=3, progress=False).save(tmp_path)
+    assert (tmp_path / "report.png").exists() and not [w for w in recwarn if "report.png" in str(w.message)]
+
+
 def test_a_full_disk_costs_no_more_than_what_it_cannot_hold(tmp_path, monkeypatch):
     solution = solved(beam(12, 12), ball(12, 12))
     def full(path, data): raise OSError(28, "No space left on device")
