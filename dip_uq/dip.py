@@ -335,16 +335,14 @@ def check_arguments(scan: Scan, net: nn.Module | None, stop: str, progress: bool
     if net is not None and not isinstance(net, nn.Module):
         raise TypeError(f"net is {net!r}, expected a torch module: pass an object such as UNet(), not its class")
     if net is not None and not any(p.requires_grad for p in net.parameters()):
-        raise ValueError("net: none of its parameters may be changed, so there is nothing to fit; call "
-                         "net.requires_grad_(), or pass a network with parameters")
+        raise ValueError("net: no parameter requires a gradient: there is nothing to fit; call net.requires_grad_()")
     if educated and net is None: raise ValueError("educated=True keeps the weights of net, but net is None; pass one")
     if len(scan.operator.domain_shape) not in (2, 3):
         raise ValueError(f"scan: its images have shape {scan.operator.domain_shape}, but (H, W) or (D, H, W) is needed")
     if progress not in (True, False, "live"): raise ValueError(f"progress={progress!r}: choose True, False or 'live'")
     if stop not in STOPS: raise ValueError(f"stop: {stop!r} is unknown; choose one of {', '.join(STOPS)}")
     if stop == "discrepancy" and not (scan.noise_std or scan.poisson):
-        raise ValueError(f"stop: 'discrepancy' needs scan.noise_std above 0, but it is {scan.noise_std}; give it, or "
-                         "stop by 'heldout'")
+        raise ValueError(f"stop: 'discrepancy' needs scan.noise_std above 0, not {scan.noise_std}: stop by 'heldout'")
     if stop == "heldout" and len(scan.measurement) < 2:
         raise ValueError("stop: 'heldout' needs at least 2 projections, and the scan has 1; stop by 'fixed'")
 

@@ -344,7 +344,8 @@ def draw_images(axes: Sequence[plt.Axes], s: ImageOnly) -> None: # four axes
 def page(rows: int, s: ImageOnly) -> tuple[Figure, np.ndarray]: # axes (rows, 4)
     "A page of `rows` rows, with the figures and doubts of `s` on top."
     fig, axes = plt.subplots(rows, 4, figsize=(10, 2.7 * rows), dpi=70, layout="compressed", squeeze=False)
-    fig.suptitle("\n".join([headline(s.summary()), *(fill(f"Doubt: {doubt}", 150) for doubt in s.doubts)]), fontsize=8, parse_math=False)
+    title = "\n".join([headline(s.summary()), *(fill(f"Doubt: {doubt}", 150) for doubt in s.doubts)])
+    fig.suptitle(title, fontsize=8, parse_math=False) # names may hold a $
     plt.close(fig)
     return fig, axes
 

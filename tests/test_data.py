@@ -241,7 +241,7 @@ def test_walnuts_differ_and_hold_four_grey_values():
 def test_walnuts_stay_in_the_field_of_view():
     c = (torch.arange(96) + 0.5) / 48 - 1
     outside = torch.hypot(c[:, None], c[None]) > 1
-    assert all(walnut(96, seed)[outside].max() == 0 for seed in range(40))
+    assert all(walnut(96, seed)[outside].max() == 0 for seed in range(16))
 
 
 @pytest.mark.parametrize("call, message", [
