@@ -129,6 +129,8 @@ class Geometry:
     source_origin: float | None = None  # from source to centre
     origin_detector: float | None = None  # from centre to detector
     rays_per_bin: int = 1  # spread evenly over its width; a reading is their mean
+    centre: float | None = None  # bin, from 0, that the ray through the rotation axis meets; None: the middle
+    tilt: float = 0.0  # radians, anticlockwise, by which the detector is turned about that place
 
     def __post_init__(self):
         _check_plain("angles", self.angles)
@@ -140,6 +142,10 @@ class Geometry:
         _check_shape("rays_per_bin", self.rays_per_bin)
         _check_positive(bin_size=self.bin_size, pixel_size=self.pixel_size)
         if self.fan: _check_positive(source_origin=self.source_origin, origin_detector=self.origin_detector)
+        if self.centre is None: object.__setattr__(self, "centre", (self.bins - 1) / 2)
+        if not -self.bins < self.centre < 2 * self.bins:
+            raise ValueError(f"centre={self.centre!r}: expected the bin of the rotation axis, from 0 to {self.bins - 1}")
+        if not abs(self.tilt) < 1: raise ValueError(f"tilt={self.tilt!r}: expected radians, between -1 and 1")
 
     @property
     def fan(self) -> bool:
@@ -154,7 +160,17 @@ class Geometry:
     @property
     def offsets(self) -> np.ndarray:
         "(bins,) place of each bin's centre along the detector."
-        return (np.arange(self.bins) - (self.bins - 1) / 2) * self.bin_size
+        return (np.arange(self.bins) - self.centre) * self.bin_size
+
+    @property
+    def sides(self) -> np.ndarray:
+        "(2,) how far the detector's shadow reaches beyond the axis, on the side of bin 0 and on that of the last one."
+        return np.array([self.centre + .5, self.bins - .5 - self.centre]) * self.bin_size * self.shrink
+
+    @property
+    def lopsided(self) -> bool:
+        "Does the detector reach farther on one side of the axis, by a bin or more?"
+        return abs(2 * self.centre - self.bins + 1) >= 1
 
     @property
     def directions(self) -> np.ndarray:
@@ -162,7 +178,7 @@ class Geometry:
 
         Twins are projections whose rays lie less than a pixel apart as far out as the detector looks.
         """
-        reach = self.bins * self.bin_size * self.shrink / 2
+        reach = self.sides.max()
         wide = self.fan and reach**2 / self.source_origin > self.pixel_size  # else opposite views are twins
         return _directions(self.angles, 2 * np.pi if wide else np.pi, self.pixel_size / reach)[0]
 
@@ -173,7 +189,8 @@ class Geometry:
         cos, sin = np.cos(self.angles)[:, None], np.sin(self.angles)[:, None]
         u, r = np.stack([cos, sin], -1), np.stack([-sin, cos], -1)  # (angles, 1, 2)
         within = ((np.arange(self.rays_per_bin) + .5) / self.rays_per_bin - .5) * self.bin_size
-        places = (self.offsets[:, None] + within).ravel()[:, None] * u
+        along = u * np.cos(self.tilt) + r * np.sin(self.tilt) if self.tilt else u
+        places = (self.offsets[:, None] + within).ravel()[:, None] * along
         if not self.fan: return places - reach * r, places + reach * r
         return np.broadcast_to(-self.source_origin * r, places.shape), places + self.origin_detector * r
 
@@ -207,10 +224,12 @@ def parallel_beam(
     bins: int,  # pixels of the detector
     bin_size: float = 1.0,  # their width, in the unit of `pixel_size`
     pixel_size: float = 1.0,  # edge of an image pixel
-    rays_per_bin: int = 1  # whose mean is a reading
+    rays_per_bin: int = 1,  # whose mean is a reading
+    centre: float | None = None  # bin, from 0, that the rotation axis is seen by; None: the middle
 ) -> RayTransform:  # (H, W) -> (n, bins)
     "Parallel rays, upwards at angle 0, with bins from left to right."
-    return _ray_transform(Geometry(angles, bins, bin_size, pixel_size, rays_per_bin=rays_per_bin), shape)
+    geometry = Geometry(angles, bins, bin_size, pixel_size, rays_per_bin=rays_per_bin, centre=centre)
+    return _ray_transform(geometry, shape)
 
 
 def fan_beam(
@@ -221,11 +240,14 @@ def fan_beam(
     source_origin: float,  # from source to centre of rotation
     origin_detector: float,  # from centre of rotation to detector
     pixel_size: float = 1.0,  # edge of an image pixel
-    rays_per_bin: int = 1  # whose mean is a reading
+    rays_per_bin: int = 1,  # whose mean is a reading
+    centre: float | None = None,  # bin, from 0, that the ray through the rotation axis meets; None: the middle
+    tilt: float = 0.0  # radians by which the detector is turned about that place, anticlockwise
 ) -> RayTransform:  # (H, W) -> (n, bins)
     "Rays from a point source, below the image at angle 0, to a flat detector; bins from left to right."
     _check_positive(source_origin=source_origin, origin_detector=origin_detector)
-    geometry = Geometry(angles, bins, bin_size, pixel_size, source_origin, origin_detector, rays_per_bin)
+    geometry = Geometry(angles, bins, bin_size, pixel_size, source_origin, origin_detector, rays_per_bin,
+                        centre, tilt)
     return _ray_transform(geometry, shape)
 
 
@@ -283,13 +305,48 @@ def _angle_shares(angles, period):
 
 def _counts(g, way, arc):
     "(angles, bins), or 1 for either: how much each reading counts among those of its line, after `_angle_shares`."
+    if arc > 2 * np.pi - 1e-6: return _twice(g)
     if not g.fan: return np.ones((1, 1))
-    if arc > 2 * np.pi - 1e-6: return np.full((1, 1), .5)  # a full turn sees every line twice
     spare, tilt = (arc - np.pi) / 2, np.arctan2(g.offsets * g.shrink, g.source_origin)
     with np.errstate(divide="ignore", invalid="ignore"):
         rise = np.where(spare + tilt > 0, way[:, None] / (2 * (spare + tilt)), 1)
         fall = np.where(spare - tilt > 0, (arc - way[:, None]) / (2 * (spare - tilt)), 1)
     return np.sin(np.pi / 2 * rise.clip(0, 1))**2 * np.sin(np.pi / 2 * fall.clip(0, 1))**2
+
+
+def _twice(g):
+    "(1, bins), or 1: the same where a full turn sees every line twice, but those beyond the detector's shorter side once."
+    if not g.lopsided: return np.full((1, 1), .5)
+    (short, far), side = np.sort(g.sides), np.sign(np.diff(g.sides))
+    soft = min(short, 4 * (far - short))  # no jumps, which the ramp would make streaks of
+    rise = ((np.abs(g.offsets * g.shrink) - short) / soft + 1).clip(0, 1)
+    return (.5 + side * np.sign(g.offsets) * np.sin(np.pi / 2 * rise)**2 / 2)[None]
+
+
+def _level(y, g):
+    "Projections of a tilted detector as an upright one, linear between bins, would have read them."
+    if not (g.tilt and g.fan): return y
+    far = g.source_origin + g.origin_detector
+    place = g.offsets * far / (far * np.cos(g.tilt) - g.offsets * np.sin(g.tilt)) / g.bin_size + g.centre
+    place = torch.as_tensor(place.clip(0, g.bins - 1)).to(y)
+    left = place.long().clamp(max=g.bins - 2)
+    return torch.lerp(y[..., left], y[..., left + 1], place - left)
+
+
+def _symmetric(g, y):
+    """The same with as many bins on the shorter side of the axis, and room on both sides in which projections go on.
+
+    Where the last bin of a side sees the object, in the mean over the angles, they fade over a quarter of the detector.
+    """
+    cut = y[..., [0, -1]].mean(-2, keepdim=True).abs() > .1 * y.square().mean((-1, -2), keepdim=True)**.5
+    if not (cut.any() or g.lopsided): return g, y
+    ahead = round(2 * g.centre) - g.bins + 1  # bins by which the first side is longer
+    more = max(-ahead, 0), max(ahead, 0)
+    def beyond(i): # from the end outwards
+        fade = torch.cos(2 * np.pi * (torch.arange(g.bins + more[i]).to(y) + .5).clamp(max=g.bins / 4) / g.bins)**2
+        return torch.where(cut[..., [i]], y[..., [i]], 0.) * fade
+    y = torch.cat([beyond(0).flip(-1), y, beyond(-1)], -1)
+    return replace(g, bins=g.bins + sum(more), centre=g.centre + more[0]), y
 
 
 def _ramp(y, spacing, window):
@@ -308,7 +365,7 @@ def _smear(q, g, angle, shape):
     y = ((shape[0] - 1) / 2 - torch.arange(shape[0]).to(q))[:, None] * g.pixel_size
     offset, depth = x * math.cos(angle) + y * math.sin(angle), y * math.cos(angle) - x * math.sin(angle)
     zoom = g.source_origin / (g.source_origin + depth) if g.fan else 1.
-    place = (offset * zoom / (g.bin_size * g.shrink) + (g.bins + 1) / 2).clamp(0, g.bins + 1)
+    place = (offset * zoom / (g.bin_size * g.shrink) + g.centre + 1).clamp(0, g.bins + 1)
     left = place.long().clamp(max=g.bins)
     q = torch.nn.functional.pad(q, (1, 1))  # zero beyond the detector
     return zoom**2 * torch.lerp(q[..., left], q[..., left + 1], place - left)
@@ -321,17 +378,22 @@ def fbp(
 ) -> torch.Tensor:  # (..., H, W), in units of y per length
     """Filtered back-projection for any angles, each weighted by its gaps; what was not measured counts as zero.
 
+    But projections that are cut off by the end of the detector fade beyond it. With the rotation axis off the
+    middle, a full turn sees the lines beyond the shorter side once.
+
     Sources: Kak and Slaney, Principles of Computerized Tomographic Imaging, chapter 3; for a fan that turns less than
-    once Parker, Medical Physics 9:254, 1982.
+    once Parker, Medical Physics 9:254, 1982; for an axis off the middle Wang, Medical Physics 29:1634, 2002.
     """
     if not isinstance(A, RayTransform):
         raise TypeError(f"A is a {type(A).__name__}, but fbp needs a RayTransform: use cgls(A, y, 10) instead")
     if window not in ("ram-lak", "hann"): raise ValueError(f'window={window!r}: choose "ram-lak" or "hann"')
     _check_measurement(A, y)
     g = A.geometry
-    shares, way, arc = _angle_shares(g.angles, 2 * np.pi if g.fan else np.pi)
+    around = g.fan or (g.lopsided and _angle_shares(g.angles, 2 * np.pi)[2] > 2 * np.pi - 1e-6)
+    shares, way, arc = _angle_shares(g.angles, 2 * np.pi if around else np.pi)
     counts = _counts(g, way, arc)
     if g.fan: counts = counts * g.source_origin / np.hypot(g.source_origin, g.offsets * g.shrink)
-    filtered = _ramp(y * torch.as_tensor(counts).to(y), g.bin_size * g.shrink, window)
+    g, long = _symmetric(g, _level(y, g) * torch.as_tensor(counts).to(y))
+    filtered = _ramp(long, g.bin_size * g.shrink, window)[..., (k := (long.shape[-1] - g.bins) // 2):k + g.bins]
     return sum(share * _smear(filtered[..., k, :], g, angle, A.domain_shape)
                for k, (angle, share) in enumerate(zip(g.angles, shares)))
