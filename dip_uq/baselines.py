@@ -77,6 +77,7 @@ def langevin(scan: Scan, net: nn.Module | None = None, steps: int = 1000, rate: 
              **fit, # see `reconstruct`
             ) -> Forecast:
     "Every tenth iterate of the last three quarters of a preconditioned Langevin chain; ValueError for unknown noise."
+    scan = scan.white
     if not scan.noise_std:
         raise ValueError(f"scan.noise_std: {scan.noise_std}, but Langevin dynamics needs the noise level")
     recon, images = reconstruct(scan, net, seed=seed, progress=False, **fit), []
@@ -113,6 +114,7 @@ def best_scale(G: Tensor, # (n, n), float64, a covariance up to its scale
 
 def pixel_prior(scan: Scan, samples: int = 256, seed: int = 0) -> Forecast:
     "The posterior of a Matérn-½ process on the pixels, from all rays; ValueError for unknown noise or too many pixels."
+    scan = scan.white
     A, y, noise = scan.operator, scan.measurement.flatten().double(), scan.noise_std
     if not noise: raise ValueError(f"scan.noise_std: {noise}, but the Gaussian process needs the noise level")
     n = math.prod(A.domain_shape)

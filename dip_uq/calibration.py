@@ -71,7 +71,9 @@ def held_out_errors(evidence: Evidence, scale: float = 1.0) -> tuple[Tensor, Ten
 def agreement(evidence: Evidence) -> float: # 0 to 1
     "The α, less its standard error, that brings α E[r_j | held-out projections of other directions] closest to r_j."
     r, scan = evidence.held_out_residual, evidence.model.lin.recon.scan
-    directions = scan.directions[list(scan.held_out)].repeat(len(r) // len(scan.held_out))
+    held = list(scan.held_out)
+    rays = len(r) // len(held) if scan.valid is None else scan.valid[held].flatten(1).sum(1).cpu().numpy()
+    directions = scan.directions[held].repeat(rays)
     if len(set(directions)) < 2: return 0.0
     Q = torch.linalg.inv(evidence.covariance.given(evidence.model.training))
     p, each = r.clone(), [torch.from_numpy(directions == d).to(r.device) for d in sorted(set(directions))]

@@ -33,9 +33,12 @@ def fitted_first(lin: Linearization) -> tuple[LinearOperator, Tensor, int]: # A,
     scan = lin.recon.scan
     training = [i for i in range(len(scan.measurement)) if i not in scan.held_out]
     order = training + list(scan.held_out)
-    operator = scan.operator[order]
-    residual = (scan.measurement[order] - operator(lin.recon.image)).flatten().double()
-    return operator, residual, len(residual) // len(order) * len(training)
+    operator, y = scan.operator[order], scan.measurement[order]
+    t = y[:len(training)].numel()
+    if scan.valid is not None: # without what is missing
+        seen = scan.valid[order]
+        operator, y, t = operator[seen], y[seen], int(seen[:len(training)].sum())
+    return operator, (y - operator(lin.recon.image)).flatten().double(), t
 
 # %% ../nbs/16_covariance.ipynb #c000000b
 def pixel_gram(operator: LinearOperator, # A, n rays

@@ -162,20 +162,27 @@ class Scan:
     measurement: torch.Tensor  # of the operator's range_shape; float32, or float64 where such a tensor is given
     operator: LinearOperator  # from images to measurements
     truth: torch.Tensor | None = None  # the image itself, of the operator's domain_shape; for scores only
-    noise_std: float | None = None  # standard deviation of the noise in `measurement`; None where unknown
+    noise_std: float | torch.Tensor | None = None  # of its noise; also of each reading or bin; None where unknown
     held_out: tuple[int, ...] = ()  # projections (positions along the first axis) kept from fitting
     pixel_size: float | None = None  # side of a pixel in mm
     unit: str = ""  # of image values, such as "1/mm"
     name: str = "scan"  # for titles and file names
     poisson: bool = False  # the readings are counts of mean A x; `noise_std` is then None
+    valid: torch.Tensor | None = None  # bool, for each reading or bin: False where it is missing; None: none is
+    blank: torch.Tensor | None = None  # counts without an object: the readings are counts of mean blank exp(−A x)
 
     def __post_init__(self):
         if not isinstance(self.operator, LinearOperator):
             raise TypeError(f"operator is a {type(self.operator).__name__}; wrap it by dip_uq.operators.as_operator")
         put = partial(object.__setattr__, self)  # the only way to assign to a frozen dataclass
+        put("valid", _check_valid(self.valid, self.measurement, self.operator.range_shape))
+        if self.valid is not None: put("measurement", _without_missing(self.measurement, self.valid))
         put("measurement", _real("measurement", self.measurement, self.operator.range_shape).detach().clone())
         if self.truth is not None: put("truth", _real("truth", self.truth, self.operator.domain_shape).detach())
-        if self.noise_std is not None: put("noise_std", _positive("noise_std", self.noise_std, zero=True))
+        if self.noise_std is not None: put("noise_std", _check_noise(self.noise_std, self.measurement))
+        if self.blank is not None:
+            put("blank", _each("blank", self.blank, self.measurement))
+            put("poisson", True)
         if self.pixel_size is not None: put("pixel_size", _positive("pixel_size", self.pixel_size))
         for field in "unit", "name":
             if not isinstance(value := getattr(self, field), str): raise TypeError(f"{field}={value!r}: pass a string")
@@ -216,8 +223,8 @@ class Scan:
 
     def to(self, device: str | torch.device) -> "Scan":
         "The same scan with its tensors on `device`; operators follow the device of what they are given."
-        truth = None if self.truth is None else self.truth.to(device)
-        return replace(self, measurement=self.measurement.to(device), truth=truth)
+        tensors = "measurement", "truth", "noise_std", "valid", "blank"
+        return replace(self, **{k: v.to(device) for k in tensors if torch.is_tensor(v := getattr(self, k))})
 
     def fingerprint(self) -> torch.Tensor:  # of the operator's range_shape
         "What the operator makes of one fixed random image: another operator makes something else of it."
@@ -248,12 +255,39 @@ class Scan:
         return self._part(list(self.held_out))
 
     def _part(self, index: list[int]) -> "Scan":
-        return replace(self, measurement=self.measurement[index], operator=self.operator[index], held_out=())
+        each = {k: v[index] for k in ("noise_std", "valid", "blank") if torch.is_tensor(v := getattr(self, k))}
+        return replace(self, measurement=self.measurement[index], operator=self.operator[index], held_out=(), **each)
+
+    @property
+    def white(self) -> "Scan":
+        """The same with one standard deviation for all: readings and rows of the operator times the weight σ / σᵢ.
+
+        σ⁻² is the mean of σᵢ⁻². What is missing has the weight 0. The scan itself where there is nothing to do.
+        """
+        if self.valid is None and not torch.is_tensor(self.noise_std): return self
+        level, weights = self.noise_std, torch.ones_like(self.measurement)
+        if torch.is_tensor(level):
+            seen = level if self.valid is None else level[self.valid]
+            level = float(seen.double().square().reciprocal().mean())**-0.5
+            weights = level / self.noise_std
+        if self.valid is not None: weights = weights * self.valid
+        y, blank = self.measurement * weights, self.blank
+        if blank is not None: return replace(self, measurement=y, blank=blank * weights)
+        return replace(self, measurement=y, operator=self.operator.weighted(weights.cpu()), noise_std=level)
+
+    @property
+    def logged(self) -> "Scan":
+        "Line integrals −log(I / blank) of counts I through an object, at least 1; other scans as they are."
+        if self.blank is None: return self
+        integrals = -torch.log(self.measurement.clamp(min=1) / self.blank.clamp(min=1))
+        return replace(self, measurement=integrals, poisson=False, blank=None)
 
     def __repr__(self):
         shapes = f"measurement {tuple(self.measurement.shape)}, image {self.operator.domain_shape}"
-        truth = "no truth" if self.truth is None else "truth known"
-        return f"Scan({self.name!r}, {shapes}, {truth}, noise_std={self.noise_std}, held_out={self.held_out})"
+        truth, noise = "no truth" if self.truth is None else "truth known", self.noise_std
+        if torch.is_tensor(noise): noise = f"{float(noise.min()):.3g} to {float(noise.max()):.3g}"
+        missing = "" if self.valid is None else f", {int((~self.valid).sum())} readings missing"
+        return f"Scan({self.name!r}, {shapes}, {truth}, noise_std={noise}, held_out={self.held_out}{missing})"
 
 # %% ../nbs/04_data.ipynb #b6b5b5ba
 def _spread(times: np.ndarray, n: int) -> tuple[int, ...]:
@@ -291,11 +325,41 @@ def _check_peak(measurement: torch.Tensor, peak: float) -> None:
         raise ValueError(f"scan.measurement: its readings reach {largest:.3g}, too far from 1 to be fitted in "
                          f"{measurement.dtype}, and the operator may be, too; give both in another unit")
 
-def _check_counts(measurement: torch.Tensor, noise_std: float | None) -> None:
+def _check_counts(measurement: torch.Tensor, noise_std: float | torch.Tensor | None) -> None:
     if noise_std is not None: raise ValueError(f"noise_std={noise_std}: counts (poisson=True) have none; leave it None")
     if measurement.min() < 0:
         raise ValueError(f"measurement has a reading of {measurement.min():.3g}, but poisson=True says that readings "
                          "are counts; pass the counts, not their logarithm")
+
+def _each(name: str, value: ArrayLike, measurement: torch.Tensor) -> torch.Tensor:
+    "`value`, of each reading or of each bin, as a tensor like the `measurement`; an error where it does not fit it."
+    value, shape = _real(name, value, dtype=measurement.dtype).to(measurement.device).detach(), measurement.shape
+    if value.shape != shape[-1:]: _check_shape(name, tuple(value.shape), tuple(shape))
+    if (value < 0).any(): raise ValueError(f"{name} has values below 0, the lowest {float(value.min()):.3g}")
+    return value.expand(shape).clone()
+
+def _check_noise(value: ArrayLike, measurement: torch.Tensor) -> float | torch.Tensor:
+    "A number where one, or the same everywhere, is given; otherwise a tensor like the `measurement`."
+    if np.ndim(value) == 0 or np.size(value) == 1: return _positive("noise_std", value, zero=True)
+    each = _each("noise_std", value, measurement)
+    if not each.all(): raise ValueError("noise_std is 0 for some readings: none is exact; valid says which are missing")
+    return float(each.max()) if each.min() == each.max() else each
+
+def _check_valid(valid: ArrayLike | None, measurement: Any, shape: tuple) -> torch.Tensor | None:
+    "A bool for each reading; None where none is missing. Readings of a masked array are missing where it is masked."
+    if np.ma.is_masked(measurement):
+        valid = ~np.ma.getmaskarray(measurement) & (True if valid is None else np.asarray(valid))
+    if valid is None: return None
+    valid = torch.as_tensor(valid)
+    if valid.dtype != torch.bool: raise TypeError(f"valid holds {valid.dtype}; pass True and False")
+    if valid.shape != shape[-1:]: _check_shape("valid", tuple(valid.shape), tuple(shape))
+    if not valid.any(): raise ValueError("valid is False everywhere: nothing was measured")
+    return None if valid.all() else valid.expand(shape).clone()
+
+def _without_missing(measurement: Any, valid: torch.Tensor) -> Any:
+    "The measurement with zeros where it is missing, whatever may be there."
+    if torch.is_tensor(measurement): return measurement.masked_fill(~valid.to(measurement.device), 0)
+    return np.where(valid.cpu().numpy(), np.ma.getdata(measurement), 0)
 
 def _check_held_out(held_out: Any, count: int) -> tuple[int, ...]:
     "Sorted positions, or an error: they must be different, below `count`, and leave something to fit."
@@ -349,7 +413,9 @@ def seen_and_unseen(scan: Scan, image: torch.Tensor) -> tuple[float, float]:  # 
     squares = (scan.operator(image) - scan.measurement).double().square()
     seen = torch.ones(len(squares), dtype=torch.bool, device=squares.device)
     seen[list(scan.held_out)] = False
-    return float(squares[seen].mean()), float(squares[~seen].mean())
+    if scan.valid is None: return float(squares[seen].mean()), float(squares[~seen].mean())
+    first, second = (float(squares[rays].sum() / scan.valid[rays].sum()) for rays in (seen, ~seen))
+    return first, second
 
 def _landweber(A: LinearOperator, y: torch.Tensor, doublings: int = 6) -> Iterator[torch.Tensor]:
     "Images (b, *domain_shape) of the measurements `y` (b, *range_shape) after 1, 2, 4, … steps."
@@ -363,7 +429,8 @@ def _landweber(A: LinearOperator, y: torch.Tensor, doublings: int = 6) -> Iterat
 def _trials(scan: Scan) -> Iterator[tuple[float, torch.Tensor, torch.Tensor]]:
     "Of a scan with held-out projections: limits m / m₁ to σ², the rough images that set them, those of noise alone."
     noise = torch.randn(scan.measurement.shape, generator=torch.Generator().manual_seed(1 << 40)).to(scan.measurement)
-    fitted, n = scan.training, scan.validation.measurement.numel()
+    fitted, unseen = scan.training, scan.validation
+    n = unseen.measurement.numel() if unseen.valid is None else int(unseen.valid.sum())
     trial = replace(scan, measurement=noise, noise_std=None, poisson=False)
     for image, of_noise in _landweber(fitted.operator, torch.stack([fitted.measurement, trial.training.measurement])):
         seen, unseen = seen_and_unseen(scan, image)
@@ -372,7 +439,7 @@ def _trials(scan: Scan) -> Iterator[tuple[float, torch.Tensor, torch.Tensor]]:
 
 def largest_noise(scan: Scan) -> float:  # in the measurement's unit
     "The largest standard deviation that noise can have after what rough images leave of fitted and unseen readings."
-    return 1.05 * math.sqrt(min(limit for limit, _, _ in _trials(scan))) if scan.measurement.any() else 0.0
+    return 1.05 * math.sqrt(min(limit for limit, _, _ in _trials(scan.white))) if scan.measurement.any() else 0.0
 
 def difference_noise(y: torch.Tensor) -> float:  # of (…, bins), in its unit
     "The largest noise, not shared by neighbours, that second differences of bins allow; infinite for less than 3 bins."
@@ -389,7 +456,8 @@ def extent(x: torch.Tensor) -> float:
 def negative_range(scan: Scan) -> tuple[float, float] | None:  # lowest value of the image, and its range above that
     "Where the readings ask for an image below zero: from where to where it goes, roughly. Otherwise None."
     if scan.poisson or len(scan.measurement) < 2 or not scan.measurement.any(): return None
-    of_positive, scan = scan.fingerprint(), scan.apart()
+    scan = scan.white.apart()
+    of_positive = scan.fingerprint()
     share = 0.1 if of_positive.min() > -1e-3 * of_positive.abs().max() else 0.35
     def below(image, expected=0.0): return image.clamp(max=0).square().sum() - expected > share * image.square().sum()
     x = cgls(scan.training.operator, scan.training.measurement, 10)

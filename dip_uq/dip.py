@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['STARTS', 'STOPS', 'STATE_SECONDS', 'FIGURE_SECONDS', 'SHARE', 'total_variation', 'psnr', 'first_guess', 'picture',
-           'misfit', 'Run', 'descend', 'moving_variance', 'score', 'choose_iterate', 'Reconstruction',
-           'check_same_scan', 'revive', 'run_tensors', 'restore_run', 'every', 'keep_state', 'draw_run', 'follow',
-           'noise_level', 'tv_for_noise', 'check_arguments', 'reconstruct']
+           'mean_reading', 'gaussian', 'signal', 'misfit', 'Run', 'descend', 'moving_variance', 'score',
+           'choose_iterate', 'Reconstruction', 'check_same_scan', 'revive', 'run_tensors', 'restore_run', 'every',
+           'keep_state', 'draw_run', 'follow', 'noise_level', 'tv_for_noise', 'check_arguments', 'reconstruct']
 
 # %% ../nbs/07_dip.ipynb #3b50f94f
 import copy
@@ -51,7 +51,7 @@ def first_guess(scan: Scan, # only the readings that may be fitted are used
 
     Raises ValueError where nothing was measured, or where `start` is no name and no image of the scan's shape.
     """
-    fitted = scan.training
+    fitted = scan.training.logged
     A, y = fitted.operator, fitted.measurement
     rough = cgls(A, y, 10)
     _check_peak(y, float(rough.abs().max()))
@@ -75,10 +75,34 @@ def picture(net: nn.Module, z: Tensor) -> Tensor: # z (1, channels, *image) → 
         raise ValueError(f"net: maps {tuple(z.shape)} to {tuple(x.shape)}; it must keep the shape, as UNet does")
     return x[0, 0]
 
+def mean_reading(scan: Scan, projections: Tensor) -> Tensor: # A x (..., *range_shape) → the same
+    "The mean of the readings: A x, or blank exp(−A x) for counts of what an object lets through."
+    return projections if scan.blank is None else scan.blank * torch.exp(-projections)
+
+def gaussian(scan: Scan, image: Tensor) -> Scan:
+    """The scan with Gaussian noise whose likelihood has the slope, and the expected curvature, of that of counts.
+
+    At `image`, with p = A x: counts I of mean μ = blank exp(−p) become readings p + 1 − I/μ of variance 1/μ; emissions
+    stay as they are, with variance p. (Generalised Gauss–Newton, as is the linearised network.)
+    """
+    if not scan.poisson: return scan
+    p = scan.operator(image).detach()
+    if scan.blank is None: return replace(scan, poisson=False, noise_std=p.clamp(min=0.25).sqrt())
+    mean = mean_reading(scan, p)
+    seen = mean > 1e-3 # photons; less tell nothing
+    std, readings = (torch.where(seen, v, 1.0) for v in (mean.rsqrt(), p + 1 - scan.measurement / mean))
+    valid = seen if scan.valid is None else seen & scan.valid
+    return replace(scan, measurement=readings, noise_std=std, valid=valid, poisson=False, blank=None)
+
+def signal(y: Tensor, scan: Scan) -> Tensor: # readings → the same shape
+    "What data errors are relative to the mean of: y², or y for counts; for those through an object y log²(y / blank)."
+    if scan.blank is not None: return y * scan.logged.measurement.square()
+    return y if scan.poisson else y.square()
+
 def misfit(predicted: Tensor, y: Tensor, poisson: bool) -> Tensor: # of one shape → the same
     "Squared error of each reading or, for counts, the Poisson deviance 2 (p − y + y log(y/p)), about (p − y)²/p."
     if not poisson: return (predicted - y).square()
-    return 2 * (predicted - y + torch.xlogy(y, y) - torch.xlogy(y, predicted))
+    return 2 * (predicted - y + torch.xlogy(y, y) - torch.xlogy(y, torch.where(y == 0, 1.0, predicted)))
 
 class Run:
     "A fit under way: all that its future depends on, its history, and the weights to be returned if it ended now."
@@ -112,14 +136,17 @@ class Run:
 def descend(run: Run, z: Tensor, scale: float, scan: Scan, tv: float, jitter: float = 0, lowest: float = 0,
            ) -> Iterator[dict[str, float]]:
     "Adam steps on data error + `tv` · |x|_TV; the losses of each iterate are yielded before it is left behind."
-    y, fitted = scan.measurement / scale, torch.ones(len(scan.measurement), dtype=torch.bool, device=z.device)
+    counts = scan.blank is not None # of what an object lets through: no unit makes them linear
+    y = scan.measurement / (1 if counts else scale)
+    fitted = torch.ones(len(y), dtype=torch.bool, device=z.device)
     fitted[list(scan.held_out)] = False
-    power = y[fitted].mean() if scan.poisson else y[fitted].square().mean()
+    power = signal(y, scan)[fitted].mean()
     for i in range(run.iteration, run.iterations):
         chance = (run.seed << 32) + i # depends on the iteration, not on the past
         noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(chance)).to(z) if jitter else 0.0
         with seeded(chance): x = lowest / scale + picture(run.net, z + jitter * noise) # a network may draw, by dropout
-        error = misfit(scan.operator(x), y, scan.poisson) / power
+        predicted = mean_reading(scan, scan.operator(scale * x if counts else x))
+        error = misfit(predicted, y, scan.poisson) / power
         data, variation = error[fitted].mean(), total_variation(x)
         loss = data + tv * variation
         if not loss.isfinite():
@@ -205,6 +232,7 @@ class Reconstruction:
         tensors, about = load_tensors(path)
         if "network" not in about: raise ValueError(f"path: {str(path)!r} holds no Reconstruction; pass a file that "
                                                     "Reconstruction.save wrote")
+        scan = scan.white
         check_same_scan(scan, tensors["measurement"], tensors["image"], path)
         scan.check_operator(tensors.get("fingerprint"), f"scan: {path}")
         history = {k: v.numpy() for k, v in named(tensors, "history.").items()}
@@ -319,14 +347,18 @@ def follow(scan: Scan) -> Callable[[Run], None]:
 
 # %% ../nbs/07_dip.ipynb #bdc75631
 def noise_level(scan: Scan) -> float:
-    "The data error of the true image: σ² / mean y², or 1 / mean y for counts; 10⁻⁴ (σ is 1 % of y) where unknown."
-    noise, y = (1.0, scan.measurement) if scan.poisson else (scan.noise_std, scan.measurement.square())
+    "The data error of the true image: σ², 1 for counts, over the mean of `signal`; 10⁻⁴ (σ is 1 % of y) where unknown."
+    scan = scan.white
+    noise = 1.0 if scan.poisson else scan.noise_std
     if noise is None: return 1e-4
-    return noise**2 / float(y.mean()) if y.any() else 0.0
+    power = signal(scan.measurement, scan)
+    power = power.mean() if scan.valid is None else power[scan.valid].mean()
+    return noise**2 / float(power) if scan.measurement.any() else 0.0
 
 def tv_for_noise(scan: Scan) -> float:
     "γ = 2α `noise_level` / d_y with α = 2."
-    return 4 * noise_level(scan) / scan.measurement.numel()
+    readings = scan.measurement.numel() if scan.valid is None else int(scan.valid.sum())
+    return 4 * noise_level(scan) / readings
 
 # %% ../nbs/07_dip.ipynb #16a6af29
 def check_arguments(scan: Scan, net: nn.Module | None, stop: str, progress: bool | str, educated: bool) -> None:
@@ -365,13 +397,15 @@ def reconstruct(scan: Scan, # what was measured; its truth, if any, is only scor
 
     Where the readings ask for values below zero (`negative_range`), x = lowest + scale · f_θ(z).
 
-    For counts (`scan.poisson`) the data error is the mean Poisson deviance / mean y. Projections in `scan.held_out` are
+    Noise that differs from reading to reading is evened out first (`Scan.white`), and so it is in the scan that is
+    returned. For counts the data error is the mean Poisson deviance / mean y (see `signal`). Projections in `scan.held_out` are
     never fitted; where there are none, "heldout" keeps every sixth. KeyboardInterrupt returns the best so far. Raises
     ValueError or TypeError for arguments that cannot work, a state of another run, and a loss that diverges. Threads do
     not disturb each other; their networks take turns at the forward pass, as some of them draw (see `seeded`).
     Sources: Ulyanov et al. 2018, Baguer et al. 2020.
     """
     check_arguments(scan, net, stop, progress, educated)
+    scan = scan.white
     tv = tv_for_noise(scan) if tv is None else _positive("tv", tv, zero=True)
     learning_rate, jitter = _positive("learning_rate", learning_rate), _positive("jitter", jitter, zero=True)
     iterations, seed = _whole("iterations", iterations), _whole("seed", seed, 0, 2**31 - 1)

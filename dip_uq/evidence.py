@@ -6,7 +6,7 @@
 __all__ = ['Objective', 'OBJECTIVES', 'conditional_nll', 'joint_nll', 'log_parameters', 'value_and_gradient',
            'conditional_objective', 'best_weights', 'centred_residual', 'joint_objective', 'prior_energy',
            'paper_objective', 'image_tv_strength', 'with_tv', 'Evidence', 'prior_of', 'maximise', 'white_mode',
-           'linear_mode', 'tv_mode', 'fitted_noise', 'check_evidence', 'require_gaussian', 'fit_evidence']
+           'linear_mode', 'tv_mode', 'fitted_noise', 'check_evidence', 'fit_evidence']
 
 # %% ../nbs/17_evidence.ipynb #d05c8537
 import math
@@ -289,11 +289,6 @@ def check_evidence(lin: Linearization, objective: str) -> None:
     if objective == "conditional" and not scan.held_out:
         raise ValueError("objective: 'conditional' needs projections that the network has not seen, and scan.held_out "
                          "is empty; reconstruct with stop='heldout' or scan.hold_out(n), or use objective='joint'")
-    require_gaussian(scan)
-
-def require_gaussian(scan: Scan) -> None:
-    "Raise ValueError for counts."
-    if scan.poisson: raise ValueError("scan.poisson: the evidence needs Gaussian noise; it is not made for counts")
 
 # %% ../nbs/17_evidence.ipynb #3f5d3000
 def fit_evidence(lin: Linearization, # made from a reconstruction that holds projections out

@@ -11,6 +11,7 @@ __all__ = ['FREE', 'with_gradients', 'convolutions', 'is_normalisation', 'check_
 import copy
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from importlib.metadata import version
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .dip import Reconstruction
+from .dip import Reconstruction, gaussian
 from .files import State, digest
 from .networks import seeded
 from .operators import LinearOperator, require_memory
@@ -153,7 +154,8 @@ class Linearization:
                  recon: Reconstruction, # image x̂, network with the weights θ*, input z
                  free_pixels: bool | Tensor = False, # may every pixel also move by itself? Or a map (H, W) of how far
                 ):
-        self.recon, self.net = recon, copy.deepcopy(recon.net).to(recon.z).requires_grad_(False)
+        self.fit, self.recon = recon, replace(recon, scan=gaussian(recon.scan, recon.image).white)
+        self.net = copy.deepcopy(recon.net).to(recon.z).requires_grad_(False)
         self.state = State()
         self.convs, w = convolutions(self.net), pixel_map(free_pixels, recon.image)
         self.pixels = None if w is None else recon.scale * w

@@ -88,6 +88,11 @@ class LinearOperator:
         "Some rows: `A[index](x)` is `A(x)[index]` for one image x, whatever NumPy or torch index it is."
         return self._select(_positions(index, self.range_shape))
 
+    def weighted(self, weights: torch.Tensor) -> LinearOperator:  # of range_shape
+        "Every reading times its weight: diag(w) A."
+        return LinearOperator(self.domain_shape, self.range_shape, partial(_weigh, self, weights),
+                              partial(_weigh_first, self, weights))
+
     def __getstate__(self): return self.__dict__ | {"_T": None}  # copies, in other processes too, make their own
     def __repr__(self): return f"{type(self).__name__}({self.domain_shape} -> {self.range_shape})"
 
@@ -116,6 +121,9 @@ def _positions(index, shape: tuple) -> np.ndarray:
 def _chosen(A, flat, x):
     "The readings of `x` at the positions `flat`."
     return A(x).reshape(len(x), -1)[:, flat.to(x.device)]
+
+def _weigh(A, weights, x): return weights.to(x) * A(x)
+def _weigh_first(A, weights, y): return A.T(weights.to(y) * y)
 
 def _put_back(A, flat, y):
     "The adjoint of a measurement that is `y` at the positions `flat` and zero elsewhere."
@@ -161,6 +169,12 @@ class MatrixOperator(LinearOperator):
 
     def _transpose(self): return MatrixOperator(self.matrix.T, self.range_shape, self.domain_shape)
     def _select(self, rows): return MatrixOperator(self.matrix[rows.ravel()], self.domain_shape, rows.shape)
+    def weighted(self, weights):
+        return MatrixOperator(_scaled(self.matrix, weights), self.domain_shape, self.range_shape)
+
+def _scaled(matrix, weights):
+    "The rows of a sparse matrix, each times its weight."
+    return sp.diags_array(np.asarray(weights, np.float64).ravel()).tocsr() @ matrix
 
 # %% ../nbs/02_operators.ipynb #6a12c77c
 def _check_matrix(matrix, domain_shape, range_shape):

@@ -31,8 +31,8 @@ from tqdm.auto import tqdm
 from .calibration import HeldOutCheck, check_held_out, coverage, held_out_errors, log_likelihood, z_std
 from .covariance import announce, require_dense
 from .data import Scan, _whole, seen_and_unseen
-from .dip import Reconstruction, check_arguments, psnr, reconstruct
-from .evidence import fit_evidence, fitted_noise, require_gaussian
+from .dip import Reconstruction, check_arguments, gaussian, psnr, reconstruct
+from .evidence import fit_evidence, fitted_noise
 from .files import State, save_tensors, stage, what_ran, write_by, write_whole
 from .linearization import Linearization, check_network, convolutions, with_gradients
 from .networks import UNet, seeded
@@ -65,14 +65,15 @@ class ImageOnly:
     @property
     def fbp(self) -> Tensor | None: # (H, W)
         "Filtered back-projection (Hann window) of all projections, where the operator is a ray transform."
-        A = self.scan.operator
-        return fbp(A, self.scan.measurement, "hann") if isinstance(A, RayTransform) else None
+        scan = self.scan.logged.white
+        return fbp(scan.operator, scan.measurement, "hann") if isinstance(scan.operator, RayTransform) else None
 
     @cached_property
     def fit_rms_over_noise(self) -> float | None:
-        "The rms of what the network leaves of the rays that it saw, in units of `scan.noise_std`; None where that is."
-        if not self.scan.noise_std: return None
-        return math.sqrt(seen_and_unseen(self.recon.scan, self.recon.image)[0]) / self.scan.noise_std
+        "The rms of what the network leaves of the rays that it saw, in units of their noise; None where unknown."
+        scan, image = replace(self.scan, held_out=self.recon.scan.held_out), self.recon.image
+        scan = gaussian(scan, image).white
+        return math.sqrt(seen_and_unseen(scan, image)[0]) / scan.noise_std if scan.noise_std else None
 
     @cached_property
     def doubts(self) -> list[str]:
@@ -80,9 +81,9 @@ class ImageOnly:
         fit = self.fit_rms_over_noise or 0.0
         found = {f"the fit misses the rays that it saw by {fit:.2f} times noise_std; is the fit unfinished, noise_std "
                  "too small, a bin dead?" + " What it leaves is taken for noise" * (fit > BELIEVED):
-                 fit > 1.25 and self.recon.scan.noise_std is not None,
+                 fit > 1.25 and (self.scan.poisson or self.recon.scan.noise_std is not None),
                  "noise_std is 0, but no measurement is exact; what the fit leaves is taken for noise":
-                 self.scan.noise_std == 0}
+                 self.scan.white.noise_std == 0}
         scan = replace(self.scan, held_out=self.recon.scan.held_out)
         return doubts(scan) + [doubt for doubt, told in found.items() if told]
 
@@ -92,7 +93,7 @@ class ImageOnly:
         return dict(
             name=scan.name, d_x=self.image.numel(), d_y=scan.measurement.numel(),
             held_out=list(self.recon.scan.held_out), **self.image_scores(),
-            noise_std=scan.noise_std, fit_rms_over_noise=self.fit_rms_over_noise, doubts=self.doubts,
+            noise_std=scan.white.noise_std, fit_rms_over_noise=self.fit_rms_over_noise, doubts=self.doubts,
             reconstruction=self.recon.settings, seed=self.recon.settings["seed"],
             seconds=self.seconds, **what_ran())
 
@@ -235,8 +236,7 @@ class Solution(ImageOnly):
 
 # %% ../nbs/23_pipeline.ipynb #a47e010c
 def check_bars(scan: Scan, net: nn.Module) -> None:
-    "Raise ValueError, before the fit, for counts, networks that cannot be linearised, more rays than fit into memory."
-    require_gaussian(scan)
+    "Raise ValueError, before the fit, for networks that cannot be linearised, and for more rays than fit into memory."
     channels = getattr(net, "settings", {}).get("inputs", 1)
     check_network(net, scan.measurement.new_zeros(1, channels, *scan.operator.domain_shape))
     require_dense(convolutions(net), scan.measurement.numel(), scan.measurement.element_size(), scan.measurement.device)
@@ -248,9 +248,10 @@ def linear_model(recon: Reconstruction) -> Linearization:
     or fit are not what they seem, and what is left is taken for noise, lest it be pressed into pixels.
     """
     lin = Linearization(recon, free_pixels=True)
-    left, claimed = fitted_noise(lin), recon.scan.noise_std
-    if claimed is None or left <= BELIEVED * claimed: return lin
-    return Linearization(replace(recon, scan=replace(recon.scan, noise_std=left)), free_pixels=True)
+    left, scan = fitted_noise(lin), lin.recon.scan
+    if scan.noise_std is not None and left > BELIEVED * scan.noise_std:
+        lin.recon = replace(lin.recon, scan=replace(scan, noise_std=left))
+    return lin
 
 def too_long(std: Tensor, image: Tensor) -> bool:
     "Is the root mean square of the error bars more than a third of the range of the image?"
@@ -316,7 +317,8 @@ def solve(scan: Scan, # what was measured
     seconds |= evidence.seconds
     with stage("the error bars", kept, seconds, "posterior"):
         check = check_held_out(evidence)
-        met = recon.scan.noise_std and fitted_noise(lin) <= recon.scan.noise_std # otherwise nobody knows the noise
+        claimed = gaussian(recon.scan, recon.image).white.noise_std
+        met = claimed and fitted_noise(lin) <= claimed # otherwise nobody knows the noise
         for share in dict.fromkeys((1.0 if met else check.agreement, 0.0)):
             posterior = Posterior(evidence, check.correction, share)
             std = (posterior.sampled_std(samples, recon.settings["seed"], progress) if samples

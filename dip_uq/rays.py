@@ -14,7 +14,7 @@ import scipy.sparse as sp
 import torch
 
 from .files import _check_plain
-from .operators import (LinearOperator, MatrixOperator, _check_measurement, _check_positive, _check_shape,
+from .operators import (LinearOperator, MatrixOperator, _check_measurement, _check_positive, _check_shape, _scaled,
                               require_memory)
 
 # %% ../nbs/03_rays.ipynb #98c234f6
@@ -144,7 +144,7 @@ class Geometry:
         if self.fan: _check_positive(source_origin=self.source_origin, origin_detector=self.origin_detector)
         if self.centre is None: object.__setattr__(self, "centre", (self.bins - 1) / 2)
         if not -self.bins < self.centre < 2 * self.bins:
-            raise ValueError(f"centre={self.centre!r}: expected the bin of the rotation axis, from 0 to {self.bins - 1}")
+            raise ValueError(f"centre={self.centre!r}: expected the bin of the rotation axis, 0 to {self.bins - 1}")
         if not abs(self.tilt) < 1: raise ValueError(f"tilt={self.tilt!r}: expected radians, between -1 and 1")
 
     @property
@@ -201,9 +201,10 @@ class RayTransform(MatrixOperator):
     def __init__(self,
                  matrix,  # (angles * bins, H * W) intersection lengths
                  shape: tuple,  # image (H, W)
-                 geometry: Geometry):  # where the rays are
+                 geometry: Geometry,  # where the rays are
+                 weights: np.ndarray | None = None):  # (angles, bins) that the lengths were multiplied by; None: by 1
         super().__init__(matrix, shape, (len(geometry.angles), geometry.bins))
-        self.geometry = geometry
+        self.geometry, self.weights = geometry, weights
 
     @property
     def angles(self) -> np.ndarray:
@@ -215,7 +216,13 @@ class RayTransform(MatrixOperator):
         chosen = rows.ravel()[::bins] // bins
         if not np.array_equal(rows, chosen[:, None] * bins + np.arange(bins)): return super()._select(rows)
         part = replace(self.geometry, angles=self.angles[chosen])
-        return RayTransform(self.matrix[rows.ravel()], self.domain_shape, part)
+        weights = None if self.weights is None else self.weights[chosen]
+        return RayTransform(self.matrix[rows.ravel()], self.domain_shape, part, weights)
+
+    def weighted(self, weights):
+        new = np.asarray(weights, np.float64)
+        total = new if self.weights is None else new * self.weights
+        return RayTransform(_scaled(self.matrix, new), self.domain_shape, self.geometry, total)
 
 # %% ../nbs/03_rays.ipynb #90f8fb15
 def parallel_beam(
@@ -315,12 +322,25 @@ def _counts(g, way, arc):
 
 
 def _twice(g):
-    "(1, bins), or 1: the same where a full turn sees every line twice, but those beyond the detector's shorter side once."
+    "(1, bins) or 1: the same where a full turn sees lines twice, but those beyond the detector's shorter side once."
     if not g.lopsided: return np.full((1, 1), .5)
     (short, far), side = np.sort(g.sides), np.sign(np.diff(g.sides))
     soft = min(short, 4 * (far - short))  # no jumps, which the ramp would make streaks of
     rise = ((np.abs(g.offsets * g.shrink) - short) / soft + 1).clip(0, 1)
     return (.5 + side * np.sign(g.offsets) * np.sin(np.pi / 2 * rise)**2 / 2)[None]
+
+
+def _unweighted(y, weights):
+    "Readings divided by their weights; those without any are filled in, linearly between their neighbours of a view."
+    if weights is None: return y
+    y = y / torch.as_tensor(np.where(weights > 0, weights, 1)).to(y)
+    bins = np.arange(weights.shape[1])
+    last = np.maximum.accumulate(np.where(weights > 0, bins, -1), 1)  # the last known one up to here, -1 if none
+    following = np.minimum.accumulate(np.where(weights > 0, bins, len(bins))[:, ::-1], 1)[:, ::-1]
+    left, right = np.where(last < 0, following, last), np.where(following == len(bins), last, following)
+    share = (bins - left) / np.maximum(right - left, 1)
+    left, right = (torch.as_tensor(k.clip(0, len(bins) - 1), device=y.device).expand(y.shape) for k in (left, right))
+    return torch.lerp(y.gather(-1, left), y.gather(-1, right), torch.as_tensor(share).to(y))
 
 
 def _level(y, g):
@@ -393,7 +413,7 @@ def fbp(
     shares, way, arc = _angle_shares(g.angles, 2 * np.pi if around else np.pi)
     counts = _counts(g, way, arc)
     if g.fan: counts = counts * g.source_origin / np.hypot(g.source_origin, g.offsets * g.shrink)
-    g, long = _symmetric(g, _level(y, g) * torch.as_tensor(counts).to(y))
+    g, long = _symmetric(g, _level(_unweighted(y, A.weights), g) * torch.as_tensor(counts).to(y))
     filtered = _ramp(long, g.bin_size * g.shrink, window)[..., (k := (long.shape[-1] - g.bins) // 2):k + g.bins]
     return sum(share * _smear(filtered[..., k, :], g, angle, A.domain_shape)
                for k, (angle, share) in enumerate(zip(g.angles, shares)))

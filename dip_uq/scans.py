@@ -25,7 +25,7 @@ from scipy.io import loadmat
 
 from .data import (Scan, _pixels, _positive, _real, _thinned, _whole, difference_noise, largest_noise,
                          negative_range)
-from .rays import Geometry, RayTransform, fan_beam, parallel_beam
+from .rays import Geometry, RayTransform, _unweighted, fan_beam, parallel_beam
 
 # %% ../nbs/05_scans.ipynb #35cf857d
 def save_scan(scan: Scan,  # of a `parallel_beam` or `fan_beam` with a square image
@@ -34,17 +34,20 @@ def save_scan(scan: Scan,  # of a `parallel_beam` or `fan_beam` with a square im
     "Write the documented .npz layout, which `load_scan` reads."
     if not isinstance(scan.operator, RayTransform):
         raise ValueError(f"scan.operator is a {type(scan.operator).__name__}, but only a RayTransform fits into .npz")
-    if scan.poisson: raise ValueError("scan.poisson: the .npz layout holds line integrals, not counts")
+    if scan.poisson and scan.blank is None:
+        raise ValueError("scan.poisson: the .npz layout holds line integrals, or counts with a blank, not emissions")
     height, width = scan.operator.domain_shape
     if height != width: raise ValueError(f"the image is {height} × {width}; only square ones fit into .npz")
     if Path(path).suffix != ".npz": raise ValueError(f"path={str(path)!r} must end in .npz")
     g = scan.operator.geometry
-    fields = dict(measurement=scan.measurement.numpy(force=True), angles=np.rad2deg(g.angles), bin_size=g.bin_size,
+    reading = "measurement" if scan.blank is None else "counts"
+    tensors = {reading: scan.measurement, "truth": scan.truth, "noise_std": scan.noise_std, "valid": scan.valid,
+               "blank": scan.blank}
+    fields = dict(angles=np.rad2deg(g.angles), bin_size=g.bin_size, centre=g.centre if g.lopsided else None,
                   geometry="parallel" if g.source_origin is None else "fan", pixel_size=g.pixel_size, size=height,
                   source_origin=g.source_origin, origin_detector=g.origin_detector, rays_per_bin=g.rays_per_bin,
-                  noise_std=scan.noise_std,
-                  truth=None if scan.truth is None else scan.truth.numpy(force=True), unit=scan.unit, name=scan.name,
-                  held_out=np.array(scan.held_out, int))
+                  unit=scan.unit, name=scan.name, held_out=np.array(scan.held_out, int))
+    fields |= {key: value.numpy(force=True) if torch.is_tensor(value) else value for key, value in tensors.items()}
     np.savez_compressed(path, **{key: value for key, value in fields.items() if value is not None})
 
 # %% ../nbs/05_scans.ipynb #b921e286
@@ -70,8 +73,8 @@ def _check_known(fields: Mapping, where: str) -> None:
         raise ValueError(f"{where}: unknown field {key!r}{''.join(near)}; rename it or leave it out. The fields are "
                          f"{', '.join(_FIELDS)}")
 
-_FIELDS = ("measurement", "angles", "geometry", "bin_size", "pixel_size", "size", "source_origin", "origin_detector",
-           "rays_per_bin", "truth", "noise_std", "held_out", "unit", "name")
+_FIELDS = ("measurement", "counts", "blank", "angles", "geometry", "bin_size", "pixel_size", "size", "source_origin",
+           "origin_detector", "centre", "rays_per_bin", "truth", "noise_std", "valid", "held_out", "unit", "name")
 
 def _field(fields: Mapping, key: str, where: str) -> Any:
     if not isinstance(fields, Mapping) or key not in fields:
@@ -86,27 +89,37 @@ def _scan_from(fields: Mapping, where: str, angles: int | None = None, size: int
     "The scan that `fields` (see `load_scan`) describe, thinned out to `angles`, `bins` and `size`."
     _check_known(fields, where)
     number = partial(_number, fields, where)
-    y, degrees = _sinogram(_field(fields, "measurement", where), _field(fields, "angles", where), where)
+    counts = "counts" in fields
+    if counts and ("blank" not in fields or "measurement" in fields):
+        raise ValueError(f"{where}: counts need a blank, what is counted without an object, and no measurement")
+    y = _field(fields, "counts" if counts else "measurement", where)
+    y, degrees = _sinogram(y, _field(fields, "angles", where), where)
     few, radians = _whole("angles", len(y) if angles is None else angles, 1, len(y)), np.deg2rad(degrees)
     beam, distances = _beam(str(_field(fields, "geometry", where)), where)
     if odd := {"source_origin", "origin_detector"} & {*fields} - {*distances}:
         raise ValueError(f"{where}: {', '.join(sorted(odd))} is for geometry='fan', but geometry is 'parallel'; change "
                          "one of the two")
     lengths: dict[str, Any] = {key: number(key) for key in ("pixel_size", "bin_size", *distances)}
-    index = _thinned(Geometry(radians, y.shape[1], **lengths).directions, few)
-    y, group = _bin(y[index], bins, where)
+    centre = _centre(fields, y.shape[1], where)
+    index = _thinned(Geometry(radians, y.shape[1], **lengths, centre=centre).directions, few)
+    each = _each_reading(fields, y, where)
+    _, group = _bin(y, bins, where)
+    y, each = _grouped(y[index], {key: value[index] for key, value in each.items()}, group)
     full = _whole(f"{where}: size", _field(fields, "size", where))
     size = _whole("size", full if size is None else size, 1, full)
     lengths |= dict(pixel_size=lengths["pixel_size"] * (full / size), bin_size=lengths["bin_size"] * group)
     rays = group * _whole(f"{where}: rays_per_bin", fields.get("rays_per_bin", 1))
     truth, noise_std = fields.get("truth"), fields.get("noise_std")
+    if noise_std is not None and "noise_std" not in each:
+        each["noise_std"] = _positive(f"{where}: noise_std", noise_std, zero=True) / group**0.5
     if truth is not None: truth = _pixels(_real(f"{where}: truth", truth, (full, full)), size)
-    if noise_std is not None: noise_std = number("noise_std", zero=True) / group**0.5
     held_out, unit, name = (fields.get(*item) for item in (("held_out", ()), ("unit", ""), ("name", Path(where).stem)))
     try:
-        operator = beam(radians[index], (size, size), y.shape[1], **lengths, rays_per_bin=rays)
+        operator = beam(radians[index], (size, size), y.shape[1], **lengths, rays_per_bin=rays,
+                        centre=None if centre is None else (centre + 0.5) / group - 0.5)
         pixel_size, held_out = lengths["pixel_size"], () if angles else held_out
-        return Scan(y, operator, truth, noise_std, held_out, pixel_size, str(unit), str(name))
+        return Scan(y, operator, truth, held_out=held_out, pixel_size=pixel_size, unit=str(unit), name=str(name),
+                    **each)
     except (TypeError, ValueError) as error: raise ValueError(f"{where}: {error}") from error
 
 # %% ../nbs/05_scans.ipynb #a5e357ab
@@ -126,6 +139,37 @@ def _sinogram(y: ArrayLike, degrees: ArrayLike, where: str) -> tuple[torch.Tenso
         hint = "its axes are swapped, transpose it" if degrees.shape == y.shape[1:] else "one angle per row is needed"
         raise ValueError(f"{shapes}: {hint}")
     return y, degrees.numpy()
+
+def _centre(fields: Mapping, bins: int, where: str) -> float | None:
+    "The bin of the rotation axis, None for the middle."
+    if "centre" not in fields: return None
+    centre = float(_real(f"{where}: centre", fields["centre"], (), torch.float64))
+    if 0 <= centre <= bins - 1: return centre
+    raise ValueError(f"{where}: centre={centre:g} is not on the detector, 0 to {bins - 1}")
+
+def _each_reading(fields: Mapping, y: torch.Tensor, where: str) -> dict[str, torch.Tensor]:
+    "noise_std, unless it is one number, valid and blank, as far as they are given, for each reading."
+    found = {}
+    for key in {"noise_std", "valid", "blank"} & fields.keys():
+        value = np.asarray(fields[key])
+        if key == "noise_std" and value.size == 1: continue
+        if value.shape not in ((), (1,), y.shape[1:], y.shape):
+            raise ValueError(f"{where}: {key} has shape {value.shape}; give one number, or one for each of the "
+                             f"{y.shape[1]} bins, or of the {tuple(y.shape)} readings")
+        value = torch.as_tensor(value) if key == "valid" else _real(f"{where}: {key}", value, dtype=torch.float64)
+        found[key] = value.expand(y.shape)
+    return found
+
+def _grouped(y: torch.Tensor, each: Mapping[str, torch.Tensor], group: int,
+             ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Readings of `group` neighbouring bins as one: means, and of counts sums, with the noise that these have.
+
+    Such a reading is valid where all of its bins are.
+    """
+    def joined(v, join): return join(v.reshape(len(v), -1, group), -1)
+    y = joined(y, torch.sum if "blank" in each else torch.mean)
+    join = dict(noise_std=lambda v, axis: v.square().sum(axis).sqrt() / group, valid=torch.all, blank=torch.sum)
+    return y, {key: joined(value, join[key]) for key, value in each.items()}
 
 def _bin(y: torch.Tensor, bins: int | None, where: str) -> tuple[torch.Tensor, int]:
     "Means over groups of neighbouring detector bins, so that `bins` are left; and the size of a group."
@@ -149,7 +193,9 @@ def load_scan(path: str | Path,  # .npz in the documented layout, or htc2022_…
     `rays_per_bin`, `truth` (size, size), `noise_std`, `held_out`, `unit`, `name`; no others. Where bins are
     averaged, so are the operator's rays, and `noise_std` is divided by the square root of their number; `held_out`
     counts the stored projections, so it is left out when `angles` is given. These are evenly spread by direction, and
-    repeats among them only where there are no other directions.
+    repeats among them only where there are no other directions. `centre` is the bin, from 0, of the rotation axis;
+    `noise_std` and `valid` (False: missing) may be given for each bin or reading. In place of line integrals there may
+    be `counts`, with the `blank` that is counted without an object: a number, or for each bin or reading.
     """
     path = _open(path)
     if path.suffix.lower() == ".npz": return _scan_from(_read_npz(path), str(path), angles, size, bins)
@@ -237,7 +283,9 @@ def load_htc2022(name_or_path: str | Path = "ta",  # "ta", "tb", "solid_disc", o
 # %% ../nbs/05_scans.ipynb #d0b70002
 def doubts(scan: Scan) -> list[str]:
     "Questions about a scan that can be reconstructed, but looks like a common mistake, most of them about tomography."
+    scan = scan.logged
     A, y = scan.operator, scan.measurement.double()
+    if scan.valid is not None and isinstance(A, RayTransform): y = _unweighted(y, scan.valid.cpu().numpy())
     told = [f"noise_std is {r:.1f} times as large as noise can be, if independent, that even a rough image leaves of "
             "the readings; it is estimated instead"] if (r := noise_excess(scan)) > 1 else []
     if (not isinstance(A, RayTransform) or y.mean() >= 0) and (span := negative_range(scan)):
@@ -288,6 +336,7 @@ def dead_bins(y: torch.Tensor) -> list[int]:
 
 def noise_excess(scan: Scan) -> float:
     "`noise_std` over the `largest_noise` that the readings allow: above 1 it cannot be right. 0 where it is unknown."
+    scan = scan.white
     if not scan.noise_std or len(scan.measurement) < 2: return 0.0
     limit = largest_noise(scan.apart())
     return scan.noise_std / limit if limit > 0 else 0.0

@@ -13,7 +13,7 @@ from IPython.core.inputtransformer2 import TransformerManager
 
 ROOT = Path(__file__).parents[1]
 TUTORIALS = 50  # the number of the first
-LINES = 400  # of a module, at most
+LINES = 400  # that notebooks export to a module, at most
 
 
 def number(notebook): return int(re.match(r"\d+", notebook)[0])
@@ -60,8 +60,10 @@ def without_counterpart(notebooks, modules):
     exporting = {name(notebook) for notebook, cells in notebooks.items() if any(map(directives, cells))}
     return sorted(exporting ^ modules.keys())
 
+def exported(source): return [line for line in source.splitlines() if line.strip() and not line.startswith("# %%")]
+
 def too_long(modules):
-    return [f"{module}: {n} lines" for module, source in modules.items() if (n := len(source.splitlines())) > LINES]
+    return [f"{module}: {n} lines" for module, source in modules.items() if (n := len(exported(source))) > LINES]
 
 def modules_against_the_order(notebooks, modules):
     "A module imports from modules of lower numbers only."
