@@ -78,16 +78,16 @@ def langevin(scan: Scan, net: nn.Module | None = None, steps: int = 1000, rate: 
             ) -> Forecast:
     "Every tenth iterate of the last three quarters of a preconditioned Langevin chain; ValueError for unknown noise."
     scan = scan.white
-    if not scan.noise_std:
-        raise ValueError(f"scan.noise_std: {scan.noise_std}, but Langevin dynamics needs the noise level")
+    if not (noise := scan.level):
+        raise ValueError(f"scan.noise_std: {noise}, but Langevin dynamics needs the noise level")
     recon, images = reconstruct(scan, net, seed=seed, progress=False, **fit), []
     generator = torch.Generator().manual_seed(seed)
     weights, fitted = [p.requires_grad_() for p in recon.net.parameters()], recon.scan.training
-    strength = tv_strength(recon, scan.noise_std) if recon.settings["tv"] else 0.0
+    strength = tv_strength(recon, noise) if recon.settings["tv"] else 0.0
     squares = [torch.zeros(())] * len(weights)
     for i in range(steps):
         x = recon.lowest + recon.scale * picture(recon.net, recon.z)
-        error = (fitted.operator(x) - fitted.measurement).square().sum() / (2 * scan.noise_std**2)
+        error = (fitted.operator(x) - fitted.measurement).square().sum() / (2 * noise**2)
         slopes = torch.autograd.grad(error + strength * total_variation(x), weights)
         if i >= steps // 4 and i % 10 == 0: images.append(x.detach())
         with torch.no_grad():
@@ -115,7 +115,7 @@ def best_scale(G: Tensor, # (n, n), float64, a covariance up to its scale
 def pixel_prior(scan: Scan, samples: int = 256, seed: int = 0) -> Forecast:
     "The posterior of a Matérn-½ process on the pixels, from all rays; ValueError for unknown noise or too many pixels."
     scan = scan.white
-    A, y, noise = scan.operator, scan.measurement.flatten().double(), scan.noise_std
+    A, y, noise = scan.operator, scan.measurement.flatten().double(), scan.level
     if not noise: raise ValueError(f"scan.noise_std: {noise}, but the Gaussian process needs the noise level")
     n = math.prod(A.domain_shape)
     require_memory(40 * n**2, f"covariances of {n} pixels", "take a smaller image")

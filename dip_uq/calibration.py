@@ -70,7 +70,7 @@ def held_out_errors(evidence: Evidence, scale: float = 1.0) -> tuple[Tensor, Ten
 
 def agreement(evidence: Evidence) -> float: # 0 to 1
     "The α, less its standard error, that brings α E[r_j | held-out projections of other directions] closest to r_j."
-    r, scan = evidence.held_out_residual, evidence.model.lin.recon.scan
+    r, scan = evidence.held_out_residual, evidence.model.lin.scan
     held = list(scan.held_out)
     rays = len(r) // len(held) if scan.valid is None else scan.valid[held].flatten(1).sum(1).cpu().numpy()
     directions = scan.directions[held].repeat(rays)

@@ -30,7 +30,7 @@ from .priors import FilterPrior, network_blocks, one_block, tap_covariance
 # %% ../nbs/16_covariance.ipynb #c0000008
 def fitted_first(lin: Linearization) -> tuple[LinearOperator, Tensor, int]: # A, y − A x̂ (n,) float64, fitted rays
     "The rays of the scan, those fitted by the network first."
-    scan = lin.recon.scan
+    scan = lin.scan
     training = [i for i in range(len(scan.measurement)) if i not in scan.held_out]
     order = training + list(scan.held_out)
     operator, y = scan.operator[order], scan.measurement[order]

@@ -223,8 +223,8 @@ class Scan:
 
     def to(self, device: str | torch.device) -> "Scan":
         "The same scan with its tensors on `device`; operators follow the device of what they are given."
-        tensors = "measurement", "truth", "noise_std", "valid", "blank"
-        return replace(self, **{k: v.to(device) for k in tensors if torch.is_tensor(v := getattr(self, k))})
+        moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if torch.is_tensor(v)}
+        return replace(self, **moved)
 
     def fingerprint(self) -> torch.Tensor:  # of the operator's range_shape
         "What the operator makes of one fixed random image: another operator makes something else of it."
@@ -255,25 +255,30 @@ class Scan:
         return self._part(list(self.held_out))
 
     def _part(self, index: list[int]) -> "Scan":
-        each = {k: v[index] for k in ("noise_std", "valid", "blank") if torch.is_tensor(v := getattr(self, k))}
-        return replace(self, measurement=self.measurement[index], operator=self.operator[index], held_out=(), **each)
+        each = "measurement", "noise_std", "valid", "blank"
+        part: dict[str, Any] = {k: v[index] for k in each if torch.is_tensor(v := getattr(self, k))}
+        return replace(self, operator=self.operator[index], held_out=(), **part)
+
+    @property
+    def level(self) -> float | None:
+        "One standard deviation for all readings, σ: σ⁻² is the mean of σᵢ⁻². None where the noise is unknown."
+        if not torch.is_tensor(self.noise_std): return self.noise_std
+        each = self.noise_std if self.valid is None else self.noise_std[self.valid]
+        return float(each.double().square().reciprocal().mean())**-0.5
 
     @property
     def white(self) -> "Scan":
         """The same with one standard deviation for all: readings and rows of the operator times the weight σ / σᵢ.
 
-        σ⁻² is the mean of σᵢ⁻². What is missing has the weight 0. The scan itself where there is nothing to do.
+        σ is the `level`. What is missing has the weight 0. The scan itself where there is nothing to do.
         """
         if self.valid is None and not torch.is_tensor(self.noise_std): return self
-        level, weights = self.noise_std, torch.ones_like(self.measurement)
-        if torch.is_tensor(level):
-            seen = level if self.valid is None else level[self.valid]
-            level = float(seen.double().square().reciprocal().mean())**-0.5
-            weights = level / self.noise_std
+        weights = torch.ones_like(self.measurement)
+        if torch.is_tensor(self.noise_std): weights = self.level / self.noise_std
         if self.valid is not None: weights = weights * self.valid
         y, blank = self.measurement * weights, self.blank
         if blank is not None: return replace(self, measurement=y, blank=blank * weights)
-        return replace(self, measurement=y, operator=self.operator.weighted(weights.cpu()), noise_std=level)
+        return replace(self, measurement=y, operator=self.operator.weighted(weights.cpu()), noise_std=self.level)
 
     @property
     def logged(self) -> "Scan":
@@ -338,9 +343,9 @@ def _each(name: str, value: ArrayLike, measurement: torch.Tensor) -> torch.Tenso
     if (value < 0).any(): raise ValueError(f"{name} has values below 0, the lowest {float(value.min()):.3g}")
     return value.expand(shape).clone()
 
-def _check_noise(value: ArrayLike, measurement: torch.Tensor) -> float | torch.Tensor:
+def _check_noise(value: Any, measurement: torch.Tensor) -> float | torch.Tensor:
     "A number where one, or the same everywhere, is given; otherwise a tensor like the `measurement`."
-    if np.ndim(value) == 0 or np.size(value) == 1: return _positive("noise_std", value, zero=True)
+    if not np.ndim(value) or math.prod(np.shape(value)) == 1: return _positive("noise_std", value, zero=True)
     each = _each("noise_std", value, measurement)
     if not each.all(): raise ValueError("noise_std is 0 for some readings: none is exact; valid says which are missing")
     return float(each.max()) if each.min() == each.max() else each

@@ -212,6 +212,7 @@ class Reconstruction:
         "What `save` writes: tensors, and the rest."
         tensors = {"image": self.image, "z": self.z, "measurement": self.scan.measurement,
                    "fingerprint": self.scan.fingerprint()}
+        if self.scan.blank is not None: tensors["blank"] = self.scan.blank
         tensors |= {f"net.{k}": v for k, v in self.net.state_dict().items()}
         tensors |= {f"history.{k}": torch.from_numpy(v) for k, v in self.history.items()}
         return tensors, dict(scale=self.scale, lowest=self.lowest, settings=self.settings,
@@ -234,6 +235,8 @@ class Reconstruction:
                                                     "Reconstruction.save wrote")
         scan = scan.white
         check_same_scan(scan, tensors["measurement"], tensors["image"], path)
+        if "blank" in tensors and not (scan.blank is not None and torch.allclose(scan.blank.cpu(), tensors["blank"])):
+            raise ValueError(f"scan.blank: {path} was made with another one; pass that scan")
         scan.check_operator(tensors.get("fingerprint"), f"scan: {path}")
         history = {k: v.numpy() for k, v in named(tensors, "history.").items()}
         tensors = {k: v.to(scan.measurement.device) for k, v in tensors.items()}
@@ -349,7 +352,7 @@ def follow(scan: Scan) -> Callable[[Run], None]:
 def noise_level(scan: Scan) -> float:
     "The data error of the true image: σ², 1 for counts, over the mean of `signal`; 10⁻⁴ (σ is 1 % of y) where unknown."
     scan = scan.white
-    noise = 1.0 if scan.poisson else scan.noise_std
+    noise = 1.0 if scan.poisson else scan.level
     if noise is None: return 1e-4
     power = signal(scan.measurement, scan)
     power = power.mean() if scan.valid is None else power[scan.valid].mean()
@@ -398,10 +401,11 @@ def reconstruct(scan: Scan, # what was measured; its truth, if any, is only scor
     Where the readings ask for values below zero (`negative_range`), x = lowest + scale · f_θ(z).
 
     Noise that differs from reading to reading is evened out first (`Scan.white`), and so it is in the scan that is
-    returned. For counts the data error is the mean Poisson deviance / mean y (see `signal`). Projections in `scan.held_out` are
-    never fitted; where there are none, "heldout" keeps every sixth. KeyboardInterrupt returns the best so far. Raises
-    ValueError or TypeError for arguments that cannot work, a state of another run, and a loss that diverges. Threads do
-    not disturb each other; their networks take turns at the forward pass, as some of them draw (see `seeded`).
+    returned. For counts the data error is the mean Poisson deviance / mean y (see `signal`). Projections in
+    `scan.held_out` are never fitted; where there are none, "heldout" keeps every sixth. KeyboardInterrupt returns
+    the best so far. Raises ValueError or TypeError for arguments that cannot work, a state of another run, and a
+    loss that diverges. Threads do not disturb each other; their networks take turns at the forward pass, as some of
+    them draw (see `seeded`).
     Sources: Ulyanov et al. 2018, Baguer et al. 2020.
     """
     check_arguments(scan, net, stop, progress, educated)

@@ -62,7 +62,7 @@ def log_parameters(model: Model, noise_std: float | None) -> tuple[np.ndarray, l
         raise ValueError("model.residual: the image explains every ray exactly (y − A x̂ = 0), so nothing "
                          "tells how large weights and noise are; hold out projections before fitting")
     b = len(model.blocks)
-    largest = np.log(10 * float(model.lin.recon.scan.measurement.square().mean()) / sizes)
+    largest = np.log(10 * float(model.lin.scan.measurement.square().mean()) / sizes)
     first = np.minimum(np.log(10 * power / sizes), largest)
     start = first.tolist() + [0.0] * b
     bounds = [*zip((first - 14).tolist(), largest.tolist())] + [(math.log(0.1), math.log(30))] * b
@@ -137,7 +137,7 @@ OBJECTIVES = {"conditional": conditional_objective, "joint": joint_objective, "p
 # %% ../nbs/17_evidence.ipynb #d2a0006f
 def image_tv_strength(lin: Linearization) -> float: # in 1 / unit of the image
     "λ, from the TV weight of the reconstruction and the noise of its scan."
-    scan = lin.recon.scan
+    scan = lin.scan
     return tv_strength(lin.recon, math.sqrt(noise_level(scan) * float(scan.measurement.square().mean())))
 
 def with_tv(nll: Objective, tv: TVPrior, lin: Linearization) -> Objective:
@@ -259,7 +259,7 @@ def tv_mode(evidence: Evidence,
             steps: int = 300, # of Adam
            ) -> Tensor: # (parameters,)
     "θ̄ with λ|h(θ)|_TV added to −log p(θ | y_t)."
-    lin, prior, scan = evidence.model.lin, evidence.prior, evidence.model.lin.recon.scan.training
+    lin, prior, scan = evidence.model.lin, evidence.prior, evidence.model.lin.scan.training
     xi, best = white_mode(evidence).requires_grad_(), best_weights(lin)
     pull, push = lin.pullback(1), lin.pushforward(1)
     adam = torch.optim.Adam([xi], 0.01)
@@ -278,12 +278,12 @@ def tv_mode(evidence: Evidence,
 # %% ../nbs/17_evidence.ipynb #08f10011
 def fitted_noise(lin: Linearization) -> float: # in the measurement's unit
     "The root mean square of what the network's fit leaves of the rays that it saw, an estimate of σ_y."
-    return math.sqrt(seen_and_unseen(lin.recon.scan, lin.recon.image)[0])
+    return math.sqrt(seen_and_unseen(lin.scan, lin.recon.image)[0])
 
 # %% ../nbs/17_evidence.ipynb #3f5d2ffe
 def check_evidence(lin: Linearization, objective: str) -> None:
     "Raise ValueError for what `fit_evidence` cannot work with."
-    scan = lin.recon.scan
+    scan = lin.scan
     if objective not in OBJECTIVES:
         raise ValueError(f"objective: {objective!r} is unknown; choose one of {', '.join(OBJECTIVES)}")
     if objective == "conditional" and not scan.held_out:
@@ -305,7 +305,7 @@ def fit_evidence(lin: Linearization, # made from a reconstruction that holds pro
     go together or does not fit into memory.
     """
     check_evidence(lin, objective)
-    began, noise_std = perf_counter(), lin.recon.scan.noise_std
+    began, noise_std = perf_counter(), lin.scan.level
     if noise_std is None and objective == "conditional": noise_std = fitted_noise(lin)
     model = Model.build(lin, shared, progress)
     prior = TVPrior.build(lin, model.blocks, progress=progress) if tv else None

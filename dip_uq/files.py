@@ -152,7 +152,7 @@ def _check_plain(name: str, value: Any) -> None:
         for part in value:
             if not isinstance(part, Real): _check_plain(name, part)
     if np.ma.is_masked(value) or hasattr(value, "get_mask"): # of NumPy, of torch
-        raise TypeError(f"{name} is masked, but missing readings are not supported yet: leave these readings out, with "
+        raise TypeError(f"{name} is masked, which only a Scan's measurement may be: leave these readings out, with "
                         "their rows of the operator, or fill them")
     meaning = {"units": hasattr(value, "units"), "a unit": hasattr(value, "unit"), # pint, astropy
                "coordinates": hasattr(value, "coords") and hasattr(value, "dims")} # xarray

@@ -11,7 +11,6 @@ __all__ = ['FREE', 'with_gradients', 'convolutions', 'is_normalisation', 'check_
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import cached_property
 from importlib.metadata import version
 from typing import Any
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .data import Scan
 from .dip import Reconstruction, gaussian
 from .files import State, digest
 from .networks import seeded
@@ -154,8 +154,7 @@ class Linearization:
                  recon: Reconstruction, # image x̂, network with the weights θ*, input z
                  free_pixels: bool | Tensor = False, # may every pixel also move by itself? Or a map (H, W) of how far
                 ):
-        self.fit, self.recon = recon, replace(recon, scan=gaussian(recon.scan, recon.image).white)
-        self.net = copy.deepcopy(recon.net).to(recon.z).requires_grad_(False)
+        self.recon, self.net = recon, copy.deepcopy(recon.net).to(recon.z).requires_grad_(False)
         self.state = State()
         self.convs, w = convolutions(self.net), pixel_map(free_pixels, recon.image)
         self.pixels = None if w is None else recon.scale * w
@@ -170,6 +169,11 @@ class Linearization:
         if not (recon.lowest + recon.scale * out[0, 0] - recon.image).norm() <= 0.01 * recon.image.norm():
             raise ValueError("recon.image: is not what recon.net makes of recon.z; put the network into the mode it "
                              "was fitted in, eval() or train(), and do not change image or weights afterwards")
+
+    @cached_property
+    def scan(self) -> Scan:
+        "The reconstruction's, with Gaussian noise of one standard deviation: see `gaussian` and `Scan.white`."
+        return gaussian(self.recon.scan, self.recon.image).white
 
     @cached_property
     def digest(self) -> str:

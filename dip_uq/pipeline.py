@@ -73,7 +73,7 @@ class ImageOnly:
         "The rms of what the network leaves of the rays that it saw, in units of their noise; None where unknown."
         scan, image = replace(self.scan, held_out=self.recon.scan.held_out), self.recon.image
         scan = gaussian(scan, image).white
-        return math.sqrt(seen_and_unseen(scan, image)[0]) / scan.noise_std if scan.noise_std else None
+        return math.sqrt(seen_and_unseen(scan, image)[0]) / scan.level if scan.level else None
 
     @cached_property
     def doubts(self) -> list[str]:
@@ -83,7 +83,7 @@ class ImageOnly:
                  "too small, a bin dead?" + " What it leaves is taken for noise" * (fit > BELIEVED):
                  fit > 1.25 and (self.scan.poisson or self.recon.scan.noise_std is not None),
                  "noise_std is 0, but no measurement is exact; what the fit leaves is taken for noise":
-                 self.scan.white.noise_std == 0}
+                 self.scan.level == 0}
         scan = replace(self.scan, held_out=self.recon.scan.held_out)
         return doubts(scan) + [doubt for doubt, told in found.items() if told]
 
@@ -93,7 +93,7 @@ class ImageOnly:
         return dict(
             name=scan.name, d_x=self.image.numel(), d_y=scan.measurement.numel(),
             held_out=list(self.recon.scan.held_out), **self.image_scores(),
-            noise_std=scan.white.noise_std, fit_rms_over_noise=self.fit_rms_over_noise, doubts=self.doubts,
+            noise_std=scan.level, fit_rms_over_noise=self.fit_rms_over_noise, doubts=self.doubts,
             reconstruction=self.recon.settings, seed=self.recon.settings["seed"],
             seconds=self.seconds, **what_ran())
 
@@ -248,9 +248,8 @@ def linear_model(recon: Reconstruction) -> Linearization:
     or fit are not what they seem, and what is left is taken for noise, lest it be pressed into pixels.
     """
     lin = Linearization(recon, free_pixels=True)
-    left, scan = fitted_noise(lin), lin.recon.scan
-    if scan.noise_std is not None and left > BELIEVED * scan.noise_std:
-        lin.recon = replace(lin.recon, scan=replace(scan, noise_std=left))
+    left, claimed = fitted_noise(lin), lin.scan.level
+    if claimed is not None and left > BELIEVED * claimed: lin.scan = replace(lin.scan, noise_std=left)
     return lin
 
 def too_long(std: Tensor, image: Tensor) -> bool:
@@ -317,7 +316,7 @@ def solve(scan: Scan, # what was measured
     seconds |= evidence.seconds
     with stage("the error bars", kept, seconds, "posterior"):
         check = check_held_out(evidence)
-        claimed = gaussian(recon.scan, recon.image).white.noise_std
+        claimed = gaussian(recon.scan, recon.image).level
         met = claimed and fitted_noise(lin) <= claimed # otherwise nobody knows the noise
         for share in dict.fromkeys((1.0 if met else check.agreement, 0.0)):
             posterior = Posterior(evidence, check.correction, share)

@@ -102,7 +102,7 @@ class Posterior:
 
     def save(self, path: str | Path) -> None:
         "Write reconstruction and hyperparameters to one safetensors file, atomically."
-        tensors, about = self.lin.fit.parts()
+        tensors, about = self.lin.recon.parts()
         if self.lin.pixels is not None: tensors["free_pixels"] = self.lin.pixels / self.lin.recon.scale
         kept = "noise_std", "value", "objective", "evaluations", "seconds", "history"
         found = dict(evidence={k: getattr(self.evidence, k) for k in kept}, prior=asdict(self.evidence.prior),

@@ -358,7 +358,9 @@ def _symmetric(g, y):
 
     Where the last bin of a side sees the object, in the mean over the angles, they fade over a quarter of the detector.
     """
-    cut = y[..., [0, -1]].mean(-2, keepdim=True).abs() > .1 * y.square().mean((-1, -2), keepdim=True)**.5
+    ends = y[..., [0, -1]].mean(-2, keepdim=True)
+    if not g.lopsided: ends = ends.mean(-1, keepdim=True).expand_as(ends)  # which is which depends on the way of a ray
+    cut = ends.abs() > .1 * y.square().mean((-1, -2), keepdim=True)**.5
     if not (cut.any() or g.lopsided): return g, y
     ahead = round(2 * g.centre) - g.bins + 1  # bins by which the first side is longer
     more = max(-ahead, 0), max(ahead, 0)

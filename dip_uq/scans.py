@@ -147,7 +147,7 @@ def _centre(fields: Mapping, bins: int, where: str) -> float | None:
     if 0 <= centre <= bins - 1: return centre
     raise ValueError(f"{where}: centre={centre:g} is not on the detector, 0 to {bins - 1}")
 
-def _each_reading(fields: Mapping, y: torch.Tensor, where: str) -> dict[str, torch.Tensor]:
+def _each_reading(fields: Mapping, y: torch.Tensor, where: str) -> dict[str, Any]:
     "noise_std, unless it is one number, valid and blank, as far as they are given, for each reading."
     found = {}
     for key in {"noise_std", "valid", "blank"} & fields.keys():
@@ -161,7 +161,7 @@ def _each_reading(fields: Mapping, y: torch.Tensor, where: str) -> dict[str, tor
     return found
 
 def _grouped(y: torch.Tensor, each: Mapping[str, torch.Tensor], group: int,
-             ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+             ) -> tuple[torch.Tensor, dict[str, Any]]:
     """Readings of `group` neighbouring bins as one: means, and of counts sums, with the noise that these have.
 
     Such a reading is valid where all of its bins are.
@@ -336,7 +336,6 @@ def dead_bins(y: torch.Tensor) -> list[int]:
 
 def noise_excess(scan: Scan) -> float:
     "`noise_std` over the `largest_noise` that the readings allow: above 1 it cannot be right. 0 where it is unknown."
-    scan = scan.white
-    if not scan.noise_std or len(scan.measurement) < 2: return 0.0
+    if not scan.level or len(scan.measurement) < 2: return 0.0
     limit = largest_noise(scan.apart())
-    return scan.noise_std / limit if limit > 0 else 0.0
+    return scan.level / limit if limit > 0 else 0.0

@@ -294,7 +294,7 @@ class Labelled:
 
 
 @pytest.mark.parametrize("call, message", [
-    (lambda: Scan(MASKED, A), "measurement is masked"), (lambda: Scan(list(MASKED), A), "measurement is masked"),
+    (lambda: Scan(list(MASKED), A), "measurement is masked"),
     (lambda: Scan(Y, A, noise_std=np.ma.masked), "noise_std is masked"),
     (lambda: Scan(Y, A, np.ma.masked_less(np.eye(16), 1)), "truth is masked"),
     (lambda: simulate(np.ma.masked_less(np.eye(16), 1), A), "truth is masked"),
@@ -310,6 +310,30 @@ class Labelled:
 def test_more_than_numbers_is_refused(call, message):
     with pytest.raises(TypeError) as error: call()
     assert message in str(error.value) and ("leave these readings out" in str(error.value)) == ("masked" in message)
+
+
+def test_masked_readings_are_missing():
+    masked = Scan(MASKED, A, valid=np.arange(24) != 5)
+    expected = ~np.ma.getmaskarray(MASKED) & (np.arange(24) != 5)
+    assert np.array_equal(masked.valid, expected) and not masked.measurement[~masked.valid].any()
+    assert torch.equal(masked.measurement[masked.valid], torch.as_tensor(MASKED.data)[masked.valid])
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(st.integers(0, 10**6), st.floats(0.01, 100))
+def test_noise_is_evened_out_once(seed, level):
+    "Weighted squares are those of the scan with equal noise; parts and permutations of it, too; a second time nothing changes."
+    rng = np.random.default_rng(seed)
+    noise, valid, x = level * rng.uniform(0.1, 10, Y.shape), rng.random(Y.shape) < 0.8, torch.rand(16, 16)
+    scan = Scan(np.where(valid, Y.numpy(), np.nan), A, noise_std=noise, valid=valid)
+    expected = (((A(x) - Y).numpy() / noise)**2)[valid].sum()
+    white, order = scan.white, rng.permutation(12)
+    assert float(((white.operator(x) - white.measurement) / white.noise_std).square().sum()) == pytest.approx(expected, rel=1e-4)
+    assert torch.equal(white.white.measurement, white.measurement) and white.white.noise_std == white.noise_std
+    part = scan._part(order.tolist()[:7])
+    left = scan.hold_out(3)
+    total = sum(float((((s.operator(x) - s.measurement) * s.valid) / s.noise_std).square().sum()) for s in (left.training, left.validation))
+    assert total == pytest.approx(expected, rel=1e-4) and torch.equal(part.valid, scan.valid[order[:7]])
 
 
 def test_arrays_that_are_numbers_alone_are_read(tmp_path):
