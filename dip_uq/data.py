@@ -290,9 +290,8 @@ class Scan:
     def __repr__(self):
         shapes = f"measurement {tuple(self.measurement.shape)}, image {self.operator.domain_shape}"
         truth, noise = "no truth" if self.truth is None else "truth known", self.noise_std
-        if torch.is_tensor(noise): noise = f"{float(noise.min()):.3g} to {float(noise.max()):.3g}"
-        missing = "" if self.valid is None else f", {int((~self.valid).sum())} readings missing"
-        return f"Scan({self.name!r}, {shapes}, {truth}, noise_std={noise}, held_out={self.held_out}{missing})"
+        known = f"{truth}, noise_std={'of each reading' if torch.is_tensor(noise) else noise}"
+        return f"Scan({self.name!r}, {shapes}, {known}, held_out={self.held_out})"
 
 # %% ../nbs/04_data.ipynb #b6b5b5ba
 def _spread(times: np.ndarray, n: int) -> tuple[int, ...]:
@@ -326,6 +325,8 @@ def _check_peak(measurement: torch.Tensor, peak: float) -> None:
     if largest == 0:
         raise ValueError("scan.measurement: all rays to be fitted are zero, so there is no image to scale; check that "
                          "the measurement is log-transformed attenuation and not empty")
+    if peak == 0 and largest > 1e-15:
+        raise ValueError("scan.operator: no image changes any reading that is not zero; do its rays miss the image?")
     if not 0 < peak < math.inf or largest < torch.finfo(measurement.dtype).tiny**0.5:
         raise ValueError(f"scan.measurement: its readings reach {largest:.3g}, too far from 1 to be fitted in "
                          f"{measurement.dtype}, and the operator may be, too; give both in another unit")
@@ -352,8 +353,7 @@ def _check_noise(value: Any, measurement: torch.Tensor) -> float | torch.Tensor:
 
 def _check_valid(valid: ArrayLike | None, measurement: Any, shape: tuple) -> torch.Tensor | None:
     "A bool for each reading; None where none is missing. Readings of a masked array are missing where it is masked."
-    if np.ma.is_masked(measurement):
-        valid = ~np.ma.getmaskarray(measurement) & (True if valid is None else np.asarray(valid))
+    if np.ma.is_masked(measurement): valid = ~np.ma.getmaskarray(measurement) & (valid is None or np.asarray(valid))
     if valid is None: return None
     valid = torch.as_tensor(valid)
     if valid.dtype != torch.bool: raise TypeError(f"valid holds {valid.dtype}; pass True and False")

@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 
 from .calibration import HeldOutCheck, check_held_out, coverage, held_out_errors, log_likelihood, z_std
 from .covariance import announce, require_dense
-from .data import Scan, _whole, seen_and_unseen
+from .data import Scan, _whole, difference_noise, seen_and_unseen
 from .dip import Reconstruction, check_arguments, gaussian, psnr, reconstruct
 from .evidence import fit_evidence, fitted_noise
 from .files import State, save_tensors, stage, what_ran, write_by, write_whole
@@ -39,7 +39,7 @@ from .networks import UNet, seeded
 from .plotting import sections, show_image, small_text
 from .posterior import Posterior
 from .rays import RayTransform, fbp, field_of_view
-from .scans import doubts, noise_excess
+from .scans import doubts, limited, noise_excess
 from .scores import draw_calibration, draw_error_against_std
 
 # %% ../nbs/23_pipeline.ipynb #55e9afa0
@@ -79,11 +79,16 @@ class ImageOnly:
     def doubts(self) -> list[str]:
         "What may be wrong with this result, in words: `doubts` of the scan, then those of the fit."
         fit = self.fit_rms_over_noise or 0.0
+        left = seen_and_unseen(self.recon.scan, self.recon.image)[0]**0.5
+        scatter = difference_noise(self.recon.scan.measurement)
         found = {f"the fit misses the rays that it saw by {fit:.2f} times noise_std; is the fit unfinished, noise_std "
                  "too small, a bin dead?" + " What it leaves is taken for noise" * (fit > BELIEVED):
                  fit > 1.25 and (self.scan.poisson or self.recon.scan.noise_std is not None),
                  "noise_std is 0, but no measurement is exact; what the fit leaves is taken for noise":
-                 self.scan.level == 0}
+                 self.scan.level == 0,
+                 f"the fit misses the rays that it saw by {left / scatter:.1f} times what neighbouring bins scatter; is "
+                 "it unfinished, the geometry wrong, a bin dead? What it leaves is taken for noise":
+                 self.recon.scan.level is None and not self.scan.poisson and left > 2 * scatter > 0}
         scan = replace(self.scan, held_out=self.recon.scan.held_out)
         return doubts(scan) + [doubt for doubt, told in found.items() if told]
 
@@ -318,7 +323,8 @@ def solve(scan: Scan, # what was measured
         check = check_held_out(evidence)
         claimed = gaussian(recon.scan, recon.image).level
         met = claimed and fitted_noise(lin) <= claimed # otherwise nobody knows the noise
-        for share in dict.fromkeys((1.0 if met else check.agreement, 0.0)):
+        agreed = 0.0 if limited(scan.operator) else check.agreement # along a wedge all agree, and all may be wrong
+        for share in dict.fromkeys((1.0 if met else agreed, 0.0)):
             posterior = Posterior(evidence, check.correction, share)
             std = (posterior.sampled_std(samples, recon.settings["seed"], progress) if samples
                    else posterior.std(progress=progress))

@@ -174,13 +174,19 @@ class Geometry:
 
     @property
     def directions(self) -> np.ndarray:
-        """(n,) number of each projection's direction, anticlockwise from the smallest angle; twins share a number.
+        """(n,) number of each projection's direction, anticlockwise from angle 0; twins share a number.
 
         Twins are projections whose rays lie less than a pixel apart as far out as the detector looks.
         """
         reach = self.sides.max()
         wide = self.fan and reach**2 / self.source_origin > self.pixel_size  # else opposite views are twins
         return _directions(self.angles, 2 * np.pi if wide else np.pi, self.pixel_size / reach)[0]
+
+    @property
+    def gaps(self) -> np.ndarray:
+        "Gaps between the directions of central rays, in radians, which add up to pi."
+        places = _directions(self.angles, np.pi)[1]
+        return np.diff(places, append=places[0] + np.pi)
 
     def rays(self,
              reach: float  # parallel rays start and end this far from the centre
@@ -274,8 +280,8 @@ def _ray_transform(geometry, shape):
 
 # %% ../nbs/03_rays.ipynb #89990237
 def _directions(angles, period, limit=1e-6):
-    "Number of each angle's direction from the smallest angle on, those within `limit` sharing one; where these are."
-    way = np.mod(angles - angles.min(), period)
+    "Number of each angle's direction, from 0 on, those within `limit` sharing one; where these are, from 0 on."
+    way = np.mod(angles, period)
     around = np.sort(way)
     span = period - np.diff(around, append=around[0] + period).max()
     limit = np.clip(span / (4 * len(way)), 1e-6, max(limit, 1e-6))

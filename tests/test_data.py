@@ -164,9 +164,9 @@ def test_thinning_takes_directions_evenly_in_any_order(scanned, share):
     assert (times[0] >= np.minimum(stored, k - 1)).all()  # none has k before each has k - 1, as far as there are so many
 
 
-@given(st.sampled_from(sorted(PERIOD)), st.integers(2, 400), st.floats(0, 360), st.floats(0.1, 1), st.floats(0, 1))
-def test_angles_in_order_measured_once_go_by_position(kind, count, start, part, share):
-    degrees = start + np.arange(count) / count * PERIOD[kind] * part
+@given(st.sampled_from(sorted(PERIOD)), st.integers(2, 400), st.floats(0.1, 1), st.floats(0, 1))
+def test_angles_in_order_from_zero_measured_once_go_by_position(kind, count, part, share):
+    degrees = np.arange(count) / count * PERIOD[kind] * part
     n = round(share * (count - 1))
     scan = scan_of(kind, degrees).hold_out(n)
     assert scan.held_out == tuple((2 * k + 1) * count // (2 * n) for k in range(n))
@@ -738,3 +738,48 @@ def test_a_scan_stays_as_it_was_made():
     finally: torch.set_default_dtype(torch.float32)
     for field in "name", "unit":
         with pytest.raises(TypeError, match=f"^{field}=.*: pass a string"): replace(scan, **{field: ["no", "text"]})
+
+
+# What the tester of the library met
+
+HEALTHY = [np.deg2rad(np.arange(n) * arc / n) for n in (3, 5, 12, 30, 181, 720) for arc in (40, 90, 120, 150, 180, 220, 360, 720)]
+HEALTHY += [np.deg2rad(np.arange(300) * 111.246), np.deg2rad(np.arange(-76, 77, 2)), np.deg2rad(np.arange(0, 179.01, 0.994))]
+HEALTHY += [np.deg2rad(np.random.default_rng(seed).uniform(0, 180, n)) for seed in range(5) for n in (5, 20, 100)]
+
+
+def test_units_of_angles():
+    "Degrees where radians are needed, and the other way round; never where they are right."
+    assert not any(map(scans.in_the_other_unit, HEALTHY))
+    spans = [(180, 180), (180, 9), (360, 50), (360, 36), (90, 30)]
+    degrees = [np.linspace(0, span, n, endpoint=end) for span, n in spans[:4] for end in (True, False)] + [np.arange(30) * 3.0]
+    radians = [np.deg2rad(np.linspace(0, turns * np.pi, 20, endpoint=end)) for turns in (1, 2, 4) for end in (True, False)]
+    assert all(map(scans.in_the_other_unit, degrees + radians))
+
+
+@pytest.mark.parametrize("arc, expected", [(40, True), (100, True), (140, True), (160, False), (180, False), (360, False)])
+def test_a_missing_wedge_is_told(arc, expected):
+    A = parallel_beam(np.deg2rad(np.arange(18) * arc / 18), (16, 16), 24)
+    told = scans.doubts(simulate(ellipses(16, 3), A, 0.05))
+    assert scans.limited(A) == expected == any("looks along a wedge" in doubt for doubt in told)
+
+
+def test_few_projections_are_no_wedge():
+    assert not any(scans.limited(parallel_beam(np.arange(n) * np.pi / n, (8, 8), 9)) for n in range(2, 9))
+    assert not scans.limited(fan_beam(np.deg2rad(np.arange(40) * 5), (8, 8), 9, 1.0, 30, 30))
+    assert scans.limited(fan_beam(np.deg2rad(np.arange(40) * 3), (8, 8), 9, 1.0, 30, 30))
+
+
+@pytest.mark.parametrize("level", [0.6, 0.7, 0.8])
+def test_a_saturated_detector_is_told(level):
+    scan = simulate(walnut(24, 1), parallel_beam(np.arange(20) * np.pi / 20, (24, 24), 36), 0.05)
+    told = scans.doubts(replace(scan, measurement=scan.measurement.clamp(max=level * scan.measurement.max()), noise_std=None))
+    assert any("is the detector saturated" in doubt for doubt in told) and not any("dead" in doubt for doubt in told)
+    assert scans.doubts(scan) == []
+
+
+def test_whole_turns_change_nothing():
+    "Nor does half a turn of a parallel beam: the same projections are held out."
+    angles, rng = np.arange(18) * np.pi / 18, np.random.default_rng(0)
+    def held(a): return Scan(torch.ones(18, 24), parallel_beam(a, (16, 16), 24)).hold_out(3).held_out
+    for period in (np.pi, 2 * np.pi):
+        for _ in range(20): assert held(angles + period * rng.integers(-3, 4, 18)) == held(angles)
