@@ -86,7 +86,7 @@ class ImageOnly:
                  fit > 1.25 and (self.scan.poisson or self.recon.scan.noise_std is not None),
                  "noise_std is 0, but no measurement is exact; what the fit leaves is taken for noise":
                  self.scan.level == 0,
-                 f"the fit misses the rays that it saw by {left / scatter:.1f} times what neighbouring bins scatter; is "
+                 f"the fit misses the rays that it saw by {left / scatter:.1f} times as neighbouring bins scatter; is "
                  "it unfinished, the geometry wrong, a bin dead? What it leaves is taken for noise":
                  self.recon.scan.level is None and not self.scan.poisson and left > 2 * scatter > 0}
         scan = replace(self.scan, held_out=self.recon.scan.held_out)
