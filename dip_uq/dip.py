@@ -83,11 +83,11 @@ def gaussian(scan: Scan, image: Tensor) -> Scan:
     """The scan with Gaussian noise whose likelihood has the slope, and the expected curvature, of that of counts.
 
     At `image`, with p = A x: counts I of mean μ = blank exp(−p) become readings p + 1 − I/μ of variance 1/μ; emissions
-    stay as they are, with variance p. (Generalised Gauss–Newton, as is the linearised network.)
+    stay as they are, with variance p, but at least 1. (Generalised Gauss–Newton, as is the linearised network.)
     """
     if not scan.poisson: return scan
     p = scan.operator(image).detach()
-    if scan.blank is None: return replace(scan, poisson=False, noise_std=p.clamp(min=0.25).sqrt())
+    if scan.blank is None: return replace(scan, poisson=False, noise_std=p.clamp(min=1).sqrt())
     mean = mean_reading(scan, p)
     seen = mean > 1e-3 # photons; less tell nothing
     std, readings = (torch.where(seen, v, 1.0) for v in (mean.rsqrt(), p + 1 - scan.measurement / mean))
