@@ -168,8 +168,7 @@ def _check_plain(name: str, value: Any) -> None:
 # %% ../nbs/00_files.ipynb #f0a10004
 logging.getLogger("tifffile").addHandler(logging.NullHandler())  # what is wrong with a file is told once, by our error
 
-class _Refused(ValueError):
-    "What is wrong with a file, and the remedy; `_opened` puts its name before it."
+class _Refused(ValueError): "What is wrong with a file, and the remedy; `_opened` puts its name before it."
 
 def _open(path: str | Path) -> Path:
     "`path`, if it is a file with something in it."
@@ -254,8 +253,9 @@ def _npy(path: Path, variable: str | None) -> Iterator[dict]:
     yield dict(measurement=np.load(path, mmap_mode="r", allow_pickle=False))
 
 def _page(page: Any) -> np.ndarray:
-    if len(page.shape) != 2: raise _Refused(f"a picture has shape {tuple(page.shape)}; (rows, bins) is needed, in grey")
-    if page.size > 2**28: raise _Refused(f"a picture of {page.size} pixels is too large to be one; copy it again")
+    if len(page.shape) != 2 and page.planarconfig == 1:  # otherwise three or four views were taken for colours
+        raise _Refused(f"a picture has shape {tuple(page.shape)}; grey ones are needed")
+    if page.size > 2**26: raise _Refused(f"a picture has {page.size} pixels, which is too many; copy it again")
     return page.asarray()
 
 def _first_page(path: Path) -> np.ndarray:
