@@ -15,6 +15,7 @@ import logging
 import os
 import platform
 import re
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -172,8 +173,7 @@ class _Refused(ValueError): "What is wrong with a file, and the remedy; `_opened
 
 def _open(path: str | Path) -> Path:
     "`path`, if it is a file with something in it."
-    path = Path(path)
-    if not path.is_file(): raise ValueError(f"{path} is not a file; check the path")
+    if not (path := Path(path)).is_file(): raise ValueError(f"{path} is not a file; check the path")
     if not path.stat().st_size: raise ValueError(f"{path} is empty (0 bytes); copy or download it again")
     return path
 
@@ -186,8 +186,8 @@ class _Views:
         return np.stack([self.read(i)[index[1]] for i in range(self.shape[0])])
 
 def _floats(name: str, array: Any) -> np.ndarray:
-    array = np.asarray(array)
-    if array.dtype.kind not in "biuf": raise _Refused(f"{name} must hold real numbers, but it is of type {array.dtype}")
+    if (array := np.asarray(array)).dtype.kind not in "biuf":
+        raise _Refused(f"{name} must hold real numbers, but it is of type {array.dtype}")
     return array.astype(float)
 
 def _cut(name: str, volume: Any, row: int, rows: int) -> np.ndarray:
@@ -196,7 +196,7 @@ def _cut(name: str, volume: Any, row: int, rows: int) -> np.ndarray:
     if len(shape) == 2 and rows == shape[0]: return _floats(name, volume[row])[None]
     if len(shape) not in (2, 3) or 0 in shape:
         raise _Refused(f"{name} has shape {shape}, but (views, bins) or (views, rows, bins) is needed")
-    if shape[0] * shape[-1] > 2**27: raise _Refused(f"{name} has shape {shape}: no slice has so many readings")
+    if shape[0] * shape[-1] > 2**26: raise _Refused(f"{name} has shape {shape}: no slice has so many readings")
     if len(shape) == 3 and row >= shape[1]: raise _Refused(f"{name} has {shape[1]} rows, so there is no row {row}")
     return _floats(name, volume[:, row] if len(shape) == 3 else volume[:])
 
@@ -211,23 +211,32 @@ def _length(fields: Mapping, key: str) -> float:
 # %% ../nbs/00_files.ipynb #f0a10009
 _MM = {"m": 1e3, "cm": 10.0, "mm": 1.0, "um": 1e-3, "µm": 1e-3, "nm": 1e-6}
 
+def _array(group: Any, name: str) -> Any:
+    "An array of numbers; others are not touched, since on damaged ones the library may crash."
+    if not hasattr(array := group.get(name), "shape") or array.dtype.kind not in "biuf":
+        raise _Refused(f"this has no array of numbers {name!r}")
+    return array
+
 def _unit_of(array: Any) -> str:
-    return unit.decode() if isinstance(unit := array.attrs.get("units", ""), bytes) else str(unit)
+    "The unit of an array, in text. Text of variable length may hang the library, so another process reads it."
+    if "units" not in array.attrs or (kind := array.attrs.get_id("units").get_type()).get_class() != 3: return ""
+    if not kind.is_variable_str(): return np.ravel(array.attrs["units"])[0].decode()
+    code = "import h5py, sys; print(h5py.File(sys.argv[1])[sys.argv[2]].attrs['units'])"
+    command = [sys.executable, "-c", code, array.file.filename, array.name]
+    return subprocess.run(command, capture_output=True, text=True, timeout=9, check=True).stdout.strip("[']\n")
 
 def _degrees(array: Any) -> np.ndarray:
     angles = _floats("angles", array[:]).ravel()
     return np.rad2deg(angles) if _unit_of(array).startswith("rad") else angles
 
 def _exchange(group: Any) -> dict:
-    "Data Exchange: De Carlo et al., J. Synchrotron Rad. 21 (2014) 1224."
     names = dict(measurement="data", flat="data_white", dark="data_dark")
-    fields = {key: group[name] for key, name in names.items() if name in group}
-    return fields | (dict(angles=_degrees(group["theta"])) if "theta" in group else {})
+    fields = {key: _array(group, name) for key, name in names.items() if name in group}
+    return fields | (dict(angles=_degrees(_array(group, "theta"))) if "theta" in group else {})
 
 def _nxtomo(entry: Any) -> dict:
-    "NeXus application definition NXtomo; a pixel size is in metres unless it says otherwise."
-    detector, angles = entry["instrument/detector"], _degrees(entry["sample/rotation_angle"])
-    data, keys = detector["data"], detector["image_key"][:]
+    detector, angles = entry["instrument/detector"], _degrees(_array(entry, "sample/rotation_angle"))
+    data, keys = _array(detector, "data"), _array(detector, "image_key")[:]
     if not len(keys) == len(angles) == len(data):
         raise _Refused(f"{len(data)} images have {len(keys)} keys and {len(angles)} angles; write it again")
     at = {name: np.flatnonzero(keys == key) for key, name in enumerate(("measurement", "flat", "dark"))}
@@ -239,8 +248,7 @@ def _nxtomo(entry: Any) -> dict:
 def _hdf5(path: Path, variable: str | None) -> Iterator[dict]:
     import h5py
     with h5py.File(path, "r") as file:
-        if variable is not None and hasattr(file.get(variable), "shape"): yield dict(measurement=file[variable])
-        elif variable is not None: raise _Refused(f"this has no array {variable!r}; variable= names it by its path")
+        if variable is not None: yield dict(measurement=_array(file, variable))
         elif "exchange/data" in file: yield _exchange(file["exchange"])
         else:
             entries = [*file, *(f"{name}/tomo_entry" for name in file)]
@@ -249,12 +257,8 @@ def _hdf5(path: Path, variable: str | None) -> Iterator[dict]:
             yield _nxtomo(file[found[0]])
 
 # %% ../nbs/00_files.ipynb #f0a1000b
-def _npy(path: Path, variable: str | None) -> Iterator[dict]:
-    yield dict(measurement=np.load(path, mmap_mode="r", allow_pickle=False))
-
 def _page(page: Any) -> np.ndarray:
-    if len(page.shape) != 2 and page.planarconfig == 1:  # otherwise three or four views were taken for colours
-        raise _Refused(f"a picture has shape {tuple(page.shape)}; grey ones are needed")
+    if len(page.shape) != 2 and page.planarconfig == 1: raise _Refused("a picture has colours; grey ones are needed")
     if page.size > 2**26: raise _Refused(f"a picture has {page.size} pixels, which is too many; copy it again")
     return page.asarray()
 
@@ -262,7 +266,6 @@ def _first_page(path: Path) -> np.ndarray:
     with tifffile.TiffFile(path) as file: return _page(file.pages[0])
 
 def _some(count: int, read: Callable[[int], np.ndarray]) -> Any:
-    "Many views; a single picture is a sinogram (views, bins)."
     return read(0) if count == 1 else _Views(count, read)
 
 def _tiff(path: Path, variable: str | None) -> Iterator[dict]:
@@ -283,7 +286,6 @@ def _folder(path: Path, variable: str | None) -> Iterator[dict]:
     yield _pictures(views) | {kind: _pictures(part)["measurement"] for kind, part in parts.items() if part}
 
 def _nikon(path: Path, variable: str | None) -> Iterator[dict]:
-    "Settings of Nikon's X-ray scanners and the TIFF files beside them."
     text = ConfigParser(strict=False, interpolation=None, allow_no_value=True)
     text.read_string(path.read_text("latin-1"))
     if "XTekCT" not in text: raise _Refused("this has no section [XTekCT]; is it the settings of a scan?")
@@ -303,7 +305,6 @@ def _nikon(path: Path, variable: str | None) -> Iterator[dict]:
 
 # %% ../nbs/00_files.ipynb #f0a1000d
 def _txrm(path: Path, variable: str | None) -> Iterator[dict]:
-    "X-ray microscopes of Zeiss."
     import olefile
     with olefile.OleFileIO(path) as file:
         def array(name, kind="<f4"): return np.frombuffer(file.openstream(name).read(), kind)
@@ -324,7 +325,6 @@ def _txrm(path: Path, variable: str | None) -> Iterator[dict]:
         yield fields | (dict(flat=image(one[0], whole(one[1]))) if file.exists(one[0]) else {})
 
 def _mrc(path: Path, variable: str | None) -> Iterator[dict]:
-    "A tilt series of an electron microscope, around a vertical axis, as IMOD writes it; lengths become nm."
     import mrcfile
     with mrcfile.mmap(path) as file:
         pixel = float(file.voxel_size.x) / 10
@@ -334,7 +334,7 @@ def _mrc(path: Path, variable: str | None) -> Iterator[dict]:
 
 # %% ../nbs/00_files.ipynb #f0a1000f
 READERS: dict[str, Callable[[Path, str | None], Iterator[dict]]] = {
-    "folder": _folder, ".tif": _tiff, ".tiff": _tiff, ".npy": _npy, ".xtekct": _nikon, ".txrm": _txrm,
+    "folder": _folder, ".tif": _tiff, ".tiff": _tiff, ".xtekct": _nikon, ".txrm": _txrm,
     ".h5": _hdf5, ".hdf5": _hdf5, ".hdf": _hdf5, ".nx": _hdf5, ".nxs": _hdf5, ".mrc": _mrc, ".ali": _mrc, ".st": _mrc}
 
 @contextmanager

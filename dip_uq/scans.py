@@ -70,7 +70,10 @@ def _npz(path: Path, variable: str | None) -> Iterator[dict]:
     if not zipfile.is_zipfile(path): raise _Refused("this is no .npz archive, or a truncated one; write it again")
     with np.load(path, allow_pickle=False) as arrays: yield _by_name(dict(arrays), variable)
 
-READERS[".npz"] = _npz
+def _npy(path: Path, variable: str | None) -> Iterator[dict]:
+    yield dict(measurement=np.load(path, mmap_mode="r", allow_pickle=False))
+
+READERS[".npz"], READERS[".npy"] = _npz, _npy
 
 def _fields_of(path: str | Path, variable: str | None = None) -> dict:
     "What a file holds, all of it in memory."
