@@ -88,14 +88,15 @@ def test_type_hints(): run("-m", "mypy")
 
 
 def test_imports_are_declared():
-    "What the package imports is in `requirements` of settings.ini, not only installed by chance."
+    "What the package imports is in `requirements` of settings.ini, or in those of an extra, not only installed by chance."
     def normal(name): return re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", name)[0]).lower()
     nodes = [node for text in texts(ROOT / "dip_uq", "*.py").values() for node in ast.walk(ast.parse(text))]
     imported = {alias.name.split(".")[0] for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     imported |= {node.module.split(".")[0] for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
     settings = ConfigParser()
     settings.read(ROOT / "settings.ini", encoding="utf-8")
-    declared = {normal(requirement) for requirement in settings["DEFAULT"]["requirements"].split()}
+    needed = " ".join(settings["DEFAULT"][key] for key in ("requirements", "scans_requirements"))
+    declared = {normal(requirement) for requirement in needed.split()}
     known = packages_distributions()
     missing = [name for name in imported - sys.stdlib_module_names - {"dip_uq"}
                if not declared & {normal(package) for package in known.get(name, [name])}]

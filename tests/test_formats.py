@@ -1,0 +1,441 @@
+"""Files of scanners: each format written here and read back, and everything malformed told in one line."""
+import os
+from pathlib import Path
+
+import h5py
+import mrcfile
+import numpy as np
+import pytest
+import tifffile
+from scipy.io import savemat
+
+from dip_uq.cli import main
+from dip_uq.data import ellipses, walnut
+from dip_uq.rays import parallel_beam
+from dip_uq.scans import (READERS, air_offset, find_centre, line_integrals, load_scan, read_fields, transmission,
+                          valid_readings)
+
+MEASURED = Path(os.environ.get("DIP_UQ_DATA", "none")) / "measured"
+needs_measured = pytest.mark.skipif(not MEASURED.is_dir(), reason="set DIP_UQ_DATA to a folder with measured/")
+
+VIEWS, ROWS, BINS = 12, 5, 16
+RNG = np.random.default_rng(0)
+VOLUME = RNG.random((VIEWS, ROWS, BINS)).astype("float32")
+COUNTS = RNG.poisson(500, (VIEWS, ROWS, BINS)).astype("uint16")
+FLAT, DARK = RNG.poisson(900, (3, ROWS, BINS)).astype("uint16"), RNG.poisson(20, (2, ROWS, BINS)).astype("uint16")
+DEGREES = np.arange(VIEWS) * 15.
+
+
+# Each format, written small; each returns what is to be read
+
+def exchange(folder):
+    with h5py.File(folder / "scan.h5", "w") as f:
+        for name, data in dict(data=COUNTS, data_white=FLAT, data_dark=DARK, theta=np.deg2rad(DEGREES)).items():
+            f.create_dataset(f"exchange/{name}", data=data, compression="gzip")
+        f["exchange/theta"].attrs["units"] = np.bytes_("radians")
+    return folder / "scan.h5", dict(counts=COUNTS, flat=FLAT, dark=DARK)
+
+def nxtomo(folder):
+    "Flats first, darks last, a void image in between; the entry lies one deeper, and the pixel size in µm."
+    with h5py.File(folder / "scan.nxs", "w") as f:
+        entry = f.create_group("entry1/tomo_entry")
+        entry["instrument/detector/data"] = np.concatenate([FLAT, COUNTS[:6], COUNTS[:1], COUNTS[6:], DARK])
+        entry["instrument/detector/image_key"] = [1] * 3 + [0] * 6 + [3] + [0] * 6 + [2] * 2
+        entry["sample/rotation_angle"] = np.concatenate([[0] * 3, DEGREES[:6], [7], DEGREES[6:], [0] * 2])
+        entry["instrument/detector/x_pixel_size"] = 6.5
+        entry["instrument/detector/x_pixel_size"].attrs["units"] = np.bytes_("um")
+    return folder / "scan.nxs", dict(counts=COUNTS, flat=FLAT, dark=DARK, bin_size=0.0065, unit="1/mm")
+
+def stack(folder):
+    tifffile.imwrite(folder / "scan.tif", VOLUME, compression="zlib")
+    return folder / "scan.tif", dict(measurement=VOLUME)
+
+def pictures(folder):
+    "In an order that only people understand, with flats and darks among them."
+    (folder / "views").mkdir()
+    for name, images in dict(view=COUNTS, flat=FLAT, dark=DARK).items():
+        for i, image in enumerate(images): tifffile.imwrite(folder / "views" / f"{name}_{i}.tif", image)
+    return folder / "views", dict(counts=COUNTS, flat=FLAT, dark=DARK)
+
+def nikon(folder):
+    lines = dict(Name="nut", SrcToObject=50, SrcToDetector=200, DetectorPixelSizeX=0.4, VoxelSizeX=0.1, MaskRadius=2.0,
+                 WhiteLevel=60000, InitialAngle=0, AngularStep=15, CentreOfRotationTop=0.8, CentreOfRotationBottom=0.8)
+    text = "\r\n".join(["[XTekCT]", *(f"{key}={value}" for key, value in lines.items()), "[CTPro]", "Shuttling=False"])
+    (folder / "nut.xtekct").write_text(text)
+    for i, image in enumerate(COUNTS): tifffile.imwrite(folder / f"nut_{i + 1:04}.tif", image)
+    tifffile.imwrite(folder / "nutty_0001.tif", COUNTS[0])
+    return folder / "nut.xtekct", dict(counts=COUNTS, blank=60000, geometry="fan", source_origin=50, origin_detector=150,
+                                       bin_size=0.4, pixel_size=0.1, unit="1/mm", name="nut", centre=7.5 + 2)
+
+def mrc(folder):
+    with mrcfile.new(folder / "scan.st") as f:
+        f.set_data(VOLUME)
+        f.voxel_size = 20
+    (folder / "scan.rawtlt").write_text("\n".join(f" {angle:.2f}" for angle in DEGREES))
+    return folder / "scan.st", dict(measurement=VOLUME, bin_size=2, pixel_size=2, unit="1/nm")
+
+def npy(folder):
+    np.save(folder / "scan.npy", VOLUME)
+    return folder / "scan.npy", dict(measurement=VOLUME)
+
+def npz(folder):
+    np.savez(folder / "scan.npz", counts=COUNTS, blank=900, theta=DEGREES, center=8.25, comment="ours")
+    return folder / "scan.npz", dict(counts=COUNTS, blank=900, centre=8.25, comment="ours")
+
+def mat(folder):
+    savemat(folder / "scan.mat", dict(m=VOLUME[:, 2], angles=DEGREES), do_compression=True)
+    return folder / "scan.mat", dict(measurement=VOLUME)
+
+def htc(folder):
+    parameters = dict(angles=DEGREES, distanceSourceOrigin=400., distanceSourceDetector=600., pixelSizePost=0.3)
+    struct = dict(sinogram=VOLUME[:, 2], parameters=parameters)
+    savemat(folder / "htc2022_09z_limited.mat", dict(CtDataLimited=struct), do_compression=True)
+    return folder / "htc2022_09z_limited.mat", dict(measurement=VOLUME, geometry="fan", bin_size=0.3, source_origin=400,
+                                                    origin_detector=200, unit="1/mm")
+
+FORMATS = exchange, nxtomo, stack, pictures, nikon, mrc, npy, npz, mat, htc
+WITHOUT_ANGLES = stack, pictures, npy
+
+@pytest.mark.parametrize("write", FORMATS)
+def test_read_back_equal(write, tmp_path):
+    path, expected = write(tmp_path)
+    fields = read_fields(path, angles=(0, 165) if write in WITHOUT_ANGLES else None)
+    np.testing.assert_allclose(fields.pop("angles"), DEGREES, atol=1e-4)
+    assert fields.keys() == expected.keys()
+    for key, value in expected.items():
+        wanted = value[:, ROWS // 2] if np.ndim(value) == 3 else value
+        if isinstance(wanted, str): assert fields[key] == wanted
+        else: np.testing.assert_allclose(fields[key], wanted, rtol=1e-6)
+
+@pytest.mark.parametrize("write", [exchange, nxtomo, stack, pictures, nikon, mrc, npy])
+def test_rows(write, tmp_path):
+    path, expected = write(tmp_path)
+    how = dict(angles=(0, 165)) if write in WITHOUT_ANGLES else {}
+    for row in 0, 4:
+        fields = read_fields(path, row, **how)
+        for key in {"measurement", "counts", "flat", "dark"} & fields.keys():
+            np.testing.assert_array_equal(fields[key], expected[key][:, row])
+    with pytest.raises(ValueError, match="row=5 is out of range: choose 0 to 4"): read_fields(path, 5, **how)
+    with pytest.raises(ValueError, match="row=-1"): read_fields(path, -1, **how)
+
+def test_a_volume_is_read_view_by_view(tmp_path, monkeypatch):
+    "Never more than one picture at a time."
+    path, _ = pictures(tmp_path)
+    opened = []
+    original = tifffile.TiffFile.__enter__
+    monkeypatch.setattr(tifffile.TiffFile, "__enter__", lambda self: opened.append(self.filehandle.name) or original(self))
+    read_fields(path, 2, angles=(0, 165))
+    assert [name for name in opened if name.startswith("view")][1:] == [f"view_{i}.tif" for i in range(VIEWS)]
+
+def test_flats_and_angles_from_elsewhere(tmp_path):
+    path, _ = stack(tmp_path)
+    for name, images in dict(flat=FLAT, dark=DARK).items():  # three, say, as if they were red, green and blue
+        tifffile.imwrite(tmp_path / f"{name}s.tif", images, **(dict(photometric="rgb", planarconfig="separate") if len(images) == 3 else {}))
+    tifffile.imwrite(tmp_path / "one.tif", FLAT[0])
+    np.save(tmp_path / "angles.npy", DEGREES)
+    (tmp_path / "angles.csv").write_text("# degrees\n" + ",".join(map(str, DEGREES)))
+    for angles in tmp_path / "angles.npy", str(tmp_path / "angles.csv"), DEGREES, [0, 165]:
+        fields = read_fields(path, 1, angles, tmp_path / "flats.tif", tmp_path / "darks.tif")
+        np.testing.assert_allclose(fields["angles"], DEGREES)
+        np.testing.assert_array_equal(fields["flat"], FLAT[:, 1])
+        np.testing.assert_array_equal(fields["dark"], DARK[:, 1])
+    np.testing.assert_array_equal(read_fields(path, 1, (0, 165), tmp_path / "one.tif")["flat"], FLAT[:1, 1])
+
+@pytest.mark.parametrize("names, degrees", [
+    (["a_10.5deg", "a_2deg", "a_-3.25deg"], [-3.25, 2, 10.5]), (["scan-003", "scan-020", "scan-100"], [3, 20, 100])])
+def test_pictures_named_after_their_angles(names, degrees, tmp_path):
+    for name in names: tifffile.imwrite(tmp_path / f"{name}.TIFF", VOLUME[0])
+    assert sorted(read_fields(tmp_path, angles="names")["angles"]) == degrees
+
+def test_a_single_picture_is_a_sinogram(tmp_path):
+    tifffile.imwrite(tmp_path / "sinogram.tif", VOLUME[:, 0])
+    np.testing.assert_array_equal(read_fields(tmp_path / "sinogram.tif", angles=(0, 165))["measurement"], VOLUME[:, 0])
+
+def test_a_variable_by_name(tmp_path):
+    savemat(tmp_path / "two.mat", dict(m=VOLUME[:, 2], A=VOLUME[:, 1], angles=DEGREES), do_compression=True)
+    with pytest.raises(ValueError, match="two.mat: this has no 'CtDataFull'; variable= may name one of m, A"):
+        read_fields(tmp_path / "two.mat")
+    np.testing.assert_array_equal(read_fields(tmp_path / "two.mat", variable="A")["measurement"], VOLUME[:, 1])
+    with h5py.File(tmp_path / "any.h5", "w") as f: f["a/b"] = VOLUME
+    with pytest.raises(ValueError, match="name the array of the views by variable="): read_fields(tmp_path / "any.h5")
+    with pytest.raises(ValueError, match="this has no array of numbers 'a'"): read_fields(tmp_path / "any.h5", variable="a")
+    fields = read_fields(tmp_path / "any.h5", variable="a/b", angles=(0, 165))
+    np.testing.assert_array_equal(fields["measurement"], VOLUME[:, 2])
+
+def test_a_scanner_of_ones_own(tmp_path, monkeypatch):
+    "Whoever has another format adds a reader."
+    def text(path, variable): yield dict(measurement=np.loadtxt(path), angles=DEGREES)
+    monkeypatch.setitem(READERS, ".txt", text)
+    np.savetxt(tmp_path / "scan.txt", VOLUME[:, 0])
+    np.testing.assert_allclose(read_fields(tmp_path / "scan.txt")["measurement"], VOLUME[:, 0])
+
+
+# Malformed, truncated, foreign and missing
+
+def told(path, **how):
+    "Whether `path` is read; otherwise the error must be of one line, and name the file."
+    try: read_fields(path, **how)
+    except (ValueError, FileNotFoundError) as error:
+        text = str(error)
+        assert "\n" not in text and str(path) in text, text
+        return text
+    return ""
+
+@pytest.mark.parametrize("write", FORMATS)
+def test_what_is_no_file(write, tmp_path):
+    path, _ = write(tmp_path)
+    if path.is_dir():
+        (tmp_path / "none").mkdir()
+        assert "there are no TIFF files" in told(tmp_path / "none")
+        next(path.iterdir()).write_bytes(b"II*\0 but not really")
+        return
+    assert "is not a file" in told(path.with_name("missing" + path.suffix))
+    for content, words in ((b"", "is empty"), (b"hello, world\n" * 40, "")):
+        path.write_bytes(content)
+        assert (text := told(path, angles=(0, 165))) and words in text
+    path.rename(path.with_suffix(".docx"))
+    assert "ends in '.docx'; use one of folder, .tif" in told(path.with_suffix(".docx"))
+
+def damaged(path, count, seed=0):
+    "`count` times, a file with some bytes changed, cut out, or cut off."
+    whole, rng = path.read_bytes(), np.random.default_rng(seed)
+    for i in range(count):
+        content = bytearray(whole)
+        where = rng.integers(0, len(whole), rng.integers(1, 9)) if i % 2 else rng.integers(0, min(len(whole), 2048), 3)
+        if i % 5 == 0: del content[where[0]:]
+        elif i % 5 == 1: del content[where[0]:where[0] + 9]
+        else:
+            for k in where: content[k] = rng.integers(0, 256)
+        path.write_bytes(content)
+        yield path
+    path.write_bytes(whole)
+
+DAMAGED = int(os.environ.get("DIP_UQ_DAMAGED", 120))  # files of each format; thousands by hand
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("write", FORMATS)
+def test_damaged_files_are_told(write, tmp_path):
+    path, _ = write(tmp_path)
+    file, how = (path / "view_3.tif" if path.is_dir() else path), dict(angles=(0, 165)) if write in WITHOUT_ANGLES else {}
+    for i, _ in enumerate(damaged(file, DAMAGED)):
+        try: read_fields(path, **how)
+        except (ValueError, FileNotFoundError) as error: assert "\n" not in str(error) and str(path) in str(error), (i, error)
+
+@needs_measured
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_txrm_is_told(tmp_path):
+    (path := tmp_path / "scan.txrm").write_bytes((MEASURED / "txrm_test_chip_tomo.txrm").read_bytes())
+    for _ in damaged(path, DAMAGED // 4): told(path)
+
+@pytest.mark.parametrize("content, words", [
+    ("", "is empty"), ("[Other]\nx=1", "no section [XTekCT]"), ("no section at all", "cannot be read as .xtekct"),
+    ("[XTekCT]\nName=nut\nSrcToObject=5", "this has no 'SrcToDetector'"),
+    ("[XTekCT]\nName=nut\nSrcToObject=x", "SrcToObject must hold numbers, got 'x'"),
+    ("[XTekCT]\nName=nut\nSrcToObject=-5", "SrcToObject=-5 is out of range: it must be positive"),
+    ("[XTekCT]\nName=other", "there are no TIFF files named other"),
+    ("[XTekCT]\nName=nut\nSrcToObject=5\nSrcToDetector=9\nDetectorPixelSizeX=1", "this has no angles")])
+def test_bad_nikon(content, words, tmp_path):
+    path, _ = nikon(tmp_path)
+    path.write_text(content)
+    assert words in told(path)
+
+def test_bad_hdf5(tmp_path):
+    with h5py.File(tmp_path / "scan.h5", "w") as f:
+        f["exchange/data"], f["exchange/theta"] = np.full((3, 2, 4), b"text"), DEGREES[:3]
+    assert "this has no array of numbers 'data'" in told(tmp_path / "scan.h5")
+    with h5py.File(tmp_path / "scan.h5", "w") as f:
+        f["exchange/data"], f["exchange/theta"] = VOLUME, DEGREES[:5]
+    assert "measurement has shape (12, 16) and angles (5,): one angle per row is needed" in told(tmp_path / "scan.h5")
+    with h5py.File(tmp_path / "scan.h5", "w") as f: f["exchange/data"] = h5py.ExternalLink("elsewhere.h5", "data")
+    assert told(tmp_path / "scan.h5")
+    with h5py.File(tmp_path / "scan.h5", "w") as f:
+        f.create_dataset("exchange/data", (2**20, 2, 2**20), "float32", chunks=(1, 1, 1024))
+    assert "no slice has so many readings" in told(tmp_path / "scan.h5")
+    path, _ = nxtomo(tmp_path)
+    with h5py.File(path, "a") as f:
+        del f["entry1/tomo_entry/sample/rotation_angle"]
+        f["entry1/tomo_entry/sample/rotation_angle"] = DEGREES
+    assert "18 images have 18 keys and 12 angles" in told(path)
+
+@pytest.mark.parametrize("unit, factor", [("radians", 57.29578), (["rad"], 57.29578), ("degree", 1), (7, 1)])
+def test_units_of_angles(unit, factor, tmp_path):
+    "In a text of variable length, which a process of its own reads; a list of one; or no text."
+    with h5py.File(tmp_path / "scan.h5", "w") as f:
+        f["exchange/data"], f["exchange/theta"] = VOLUME, DEGREES
+        f["exchange/theta"].attrs["units"] = unit
+    np.testing.assert_allclose(read_fields(tmp_path / "scan.h5")["angles"], DEGREES * factor, rtol=1e-6)
+
+def test_bad_angles(tmp_path):
+    path, _ = stack(tmp_path)
+    (tmp_path / "words.txt").write_text("zero one two")
+    for angles, words in {None: "this has no angles; give a file or the first and the last", "names": "no pictures are named after their angles",
+                          str(tmp_path / "words.txt"): "is no file of numbers", str(tmp_path / "none"): "is not a file",
+                          range(16): "its axes are swapped, transpose it"}.items():
+        with pytest.raises(ValueError) as error: read_fields(path, angles=angles)
+        assert words in str(error.value)
+
+def test_an_uncompressed_mat_is_not_to_be_copied_again(tmp_path):
+    savemat(tmp_path / "raw.mat", dict(m=VOLUME[:, 2], angles=DEGREES))
+    assert (text := told(tmp_path / "raw.mat")).endswith("so damage would go unnoticed; save it with -v7")
+    assert "copy" not in text
+
+def test_published_reconstructions_are_found_by_their_names(tmp_path):
+    "Of training discs they are named after the scan, of test discs after the disc."
+    path, _ = htc(tmp_path)
+    full = dict(sinogram=VOLUME[:, 2], parameters=dict(angles=DEGREES, distanceSourceOrigin=400., distanceSourceDetector=600.,
+                                                       pixelSizePost=0.3))
+    savemat(tmp_path / "htc2022_09z_full.mat", dict(CtDataFull=full), do_compression=True)
+    for name in "htc2022_09z_recon_fbp.mat", "htc2022_09z_full_recon_fbp.mat":
+        for scan in path, tmp_path / "htc2022_09z_full.mat":
+            assert load_scan(scan, angles=3, size=8).truth is None
+            savemat(tmp_path / name, dict(reconFullFbp=np.ones((512, 512))), do_compression=True)
+            assert load_scan(scan, angles=3, size=8).truth.mean().item() == pytest.approx(1 / (0.3 * 400 / 600))
+            (tmp_path / name).unlink()
+
+
+# Corrections
+
+def test_low_counts_are_missing_and_not_infinite():
+    counts = np.random.default_rng(1).poisson(3, (40, 30)).astype(float)
+    y, std, valid = line_integrals(counts, np.full(30, 9.))
+    assert np.isfinite(y).all() and np.isfinite(std).all() and (valid == (counts > 0)).all()
+    np.testing.assert_allclose(y[valid], -np.log(counts[valid] / 9))
+    np.testing.assert_allclose(std[valid], counts[valid]**-0.5)
+
+def test_frames_are_averaged():
+    light, beam = transmission(COUNTS[:, 0].astype(float), FLAT[:, 0], DARK[:, 0])
+    np.testing.assert_allclose(light, COUNTS[:, 0] - DARK[:, 0].mean(0))
+    np.testing.assert_allclose(beam, FLAT[:, 0].mean(0) - DARK[:, 0].mean(0))
+    with pytest.raises(ValueError, match="dark has shape"): transmission(COUNTS[:, 0], FLAT[:, 0], DARK[:, 0, :3])
+
+def scanned(phantom, views, arc, centre, bins, noise, seed):
+    "A sinogram with the axis at `centre`, by summing tenths of bins, and its angles."
+    degrees, first = np.arange(views) * arc / views, round(5 * 400 - 10 * centre - 5)
+    fine = parallel_beam(np.deg2rad(degrees), (64, 64), 4001, 0.1, rays_per_bin=1)(phantom(64, seed)).numpy()
+    y = fine[:, first:first + 10 * bins].reshape(views, bins, 10).mean(-1)
+    exact = (2000 - (first + 4.5)) / 10
+    return y + noise * np.abs(y).mean() * np.random.default_rng(seed).standard_normal(y.shape), degrees, exact
+
+@pytest.mark.parametrize("phantom", [walnut, ellipses])
+@pytest.mark.parametrize("views, arc", [(60, 180), (90, 360)])
+def test_the_axis_is_found(phantom, views, arc):
+    "24 scans, 100 bins, 2 % noise, the axis up to 15 bins beside the middle: within 0.1 bins, and the standard error is right."
+    z = []
+    for seed, offset in enumerate(np.linspace(-15, 15, 6)):
+        y, degrees, exact = scanned(phantom, views, arc, 49.5 + offset, 100, 0.02, seed)
+        assert valid_readings(y).all()
+        shuffled = np.random.default_rng(seed).permutation(views)
+        found, std = find_centre(y[shuffled] + 0.3, degrees[shuffled])  # in any order, whatever the offset
+        assert abs(found - exact) < 0.1
+        z.append((found - exact) / std)
+    assert np.abs(z).max() < 5
+
+def test_an_arc_and_irregular_angles_will_do():
+    y, degrees, exact = scanned(ellipses, 80, 180, 46.3, 100, 0.02, 3)
+    arc = np.r_[0:30:2, 30:66, 66:78:3]
+    assert abs(find_centre(y[arc], degrees[arc])[0] - exact) < 0.3
+
+def test_dead_and_hot():
+    y, _, _ = scanned(walnut, 60, 180, 49.5, 100, 0.02, 1)
+    broken = y.copy()
+    broken[:, 40], broken[:, 55], broken[7, 30] = 0, broken[:, 55] + 3 * y.std(), 9 * y.max()
+    valid = valid_readings(broken)
+    assert np.argwhere(~valid).tolist() == [[i, j] for i in range(60) for j in (30, 40, 55) if j != 30 or i == 7]
+
+def test_air_is_nothing():
+    y, _, _ = scanned(ellipses, 60, 180, 49.5, 100, 0.02, 1)
+    offset, doubt = air_offset(y + 0.39)
+    assert offset == pytest.approx(0.39, abs=0.05) and not doubt
+    assert "no air" in air_offset(y[:, 35:65])[1]
+
+
+# Measured scans of other instruments
+
+@needs_measured
+@pytest.mark.parametrize("row", [0, 1])
+def test_the_axis_of_the_tooth(row):
+    fields = read_fields(MEASURED / "tooth.h5", row)
+    y = line_integrals(*transmission(fields["counts"], fields["flat"], fields["dark"]))[0]
+    centre, std = find_centre(y, fields["angles"])
+    assert abs(centre - 295.75) < 0.25 and std < 0.05
+
+@needs_measured
+@pytest.mark.parametrize("name, fields", [
+    ("pet_transmission_ecat921.npz", "angles blank centre counts geometry pixel_size pixel_unit"),
+    ("stxm_i18_52x101.npz", "angles centre geometry intensity measurement monitor pixel_size pixel_unit"),
+    ("haadf_needle_etspy_x128.npz", "angles centre geometry measurement note pixel_size pixel_unit"),
+    ("txrm_test_chip_tomo.txrm", "angles bin_size measurement pixel_size unit")])
+def test_foreign_names(name, fields): assert " ".join(sorted(read_fields(MEASURED / name))) == fields
+
+@needs_measured
+def test_txrm():
+    fields = read_fields(MEASURED / "txrm_test_chip_tomo.txrm", row=10)
+    assert fields["measurement"].shape == (7, 256) and fields["bin_size"] == pytest.approx(1.5578948e-4)
+    np.testing.assert_allclose(fields["angles"], np.arange(-45, 46, 15), atol=0.05)
+
+
+# The command
+
+def imported(capsys, *argv):
+    code = main(["import", *map(str, argv)])
+    return code, *capsys.readouterr()
+
+@pytest.mark.parametrize("write", FORMATS)
+def test_import(write, tmp_path, capsys):
+    path, _ = write(tmp_path)
+    how = ("--angles", 0, 165) if write in WITHOUT_ANGLES else ()
+    code, out, err = imported(capsys, path, *how, "--centre", 7.25, "--out", tmp_path / "new" / "out.npz")
+    assert (code, err) == (0, "") and "views           12\n" in out and "bin 7.25, the middle is 7.5" in out
+    with np.load(tmp_path / "new" / "out.npz", allow_pickle=False) as f: fields = dict(f)
+    assert {"measurement", "angles", "geometry", "bin_size", "pixel_size", "size", "centre", "name"} <= fields.keys()
+    assert not fields.keys() & {"counts", "flat", "dark", "blank", "comment"}
+    assert fields["measurement"].shape == (VIEWS, BINS) and np.isfinite(fields["measurement"]).all()
+    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["out.npz", "out.png"]
+
+def test_import_of_photons(tmp_path, capsys):
+    y, degrees, exact = scanned(walnut, 60, 180, 41.7, 100, 0, 2)
+    rng = np.random.default_rng(0)
+    counts = rng.poisson(300 * np.exp(-y / y.max() * 2)).astype("uint16")
+    counts[:, 60] = 0
+    tifffile.imwrite(tmp_path / "s.tif", counts)
+    tifffile.imwrite(tmp_path / "f.tif", rng.poisson(300, (20, 100)).astype("uint16"))
+    np.savetxt(tmp_path / "a.txt", degrees)
+    code, out, err = imported(capsys, tmp_path / "s.tif", "--angles", tmp_path / "a.txt", "--flat", tmp_path / "f.tif", "--counts",
+                              "--bin-size", 0.5, "--size", 50, "--out", tmp_path / "out.npz")
+    assert (code, err) == (0, "")
+    for words in "of photons", "counts and 20 flats", "60 of 6000", "bins [60] are dead or hot": assert words in out
+    with np.load(tmp_path / "out.npz") as f:
+        assert abs(f["centre"] - exact) < 0.1 and f["pixel_size"] == 1 and f["size"] == 50
+        assert np.flatnonzero(~f["valid"].any(0)).tolist() == [60]
+        z = (f["measurement"] - y / y.max() * 2)[f["valid"]] / f["noise_std"][f["valid"]]
+        assert z.std() == pytest.approx(1, abs=0.15)
+
+@needs_measured
+def test_import_of_the_tooth(tmp_path, capsys):
+    code, out, err = imported(capsys, MEASURED / "tooth.h5", "--row", 0, "--out", tmp_path / "tooth.npz")
+    assert (code, err) == (0, "") and "counts and 10 flats and 10 darks" in out and "nothing is known about lengths" in out
+    with np.load(tmp_path / "tooth.npz") as f: assert abs(f["centre"] - 295.75) < 0.25
+
+@pytest.mark.parametrize("argv, words", [
+    (("missing.h5",), "missing.h5 is not a file"), (("scan.tif",), "this has no angles"),
+    (("scan.tif", "--angles", "0", "165", "--row", "7"), "row=7 is out of range"),
+    (("scan.tif", "--angles", "0", "x"), "could not convert string to float: 'x'; give a file, the first and the last, or names"),
+    (("scan.tif", "--angles", "0", "165", "--counts"), "give it as --flat"),
+    (("scan.tif", "--angles", "0", "165", "--dark", "scan.tif"), "give it as --flat"),
+    (("scan.tif", "--angles", "0", "165", "--geometry", "fan"), "a fan beam needs --bin-size and --origin-detector and"),
+    (("scan.tif", "--angles", "0", "165", "--bin-size", "-1"), "bin_size=-1 is out of range"),
+    (("scan.tif", "--angles", "0", "165", "--centre", "400"), "centre=400 is not one of the 16 bins"),
+    (("scan.tif", "--angles", "0", "165", "--size", "0"), "size=0 is out of range"),
+    (("scan.tif", "--angles", "0", "165", "--flat", "none.tif"), "none.tif is not a file")])
+def test_import_refuses_in_one_line(argv, words, tmp_path, capsys, monkeypatch):
+    stack(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    code, out, err = imported(capsys, *argv, "--out", "new/out.npz")
+    assert (code, out, err.count("\n")) == (2, "", 1) and words in err and not (tmp_path / "new").exists()
+
+def test_import_writes_npz_only(tmp_path, capsys):
+    stack(tmp_path)
+    with pytest.raises(SystemExit): main(["import", "scan.tif", "--out", "out.npz", "--centre", "left"])
+    assert "argument --centre: invalid auto_or_bin value: 'left'" in capsys.readouterr().err
+    code, _, err = imported(capsys, tmp_path / "scan.tif", "--angles", 0, 165, "--out", tmp_path / "out.h5")
+    assert code == 2 and "must end in .npz" in err
