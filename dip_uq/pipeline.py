@@ -338,7 +338,8 @@ def draw_images(axes: Sequence[plt.Axes], s: ImageOnly) -> None: # four axes
     "Truth, filtered back-projection, the image, and what it leaves of the measurement, as far as there are such."
     truth, image = s.scan.truth, s.image.cpu()
     shown, unit = image if truth is None else truth.cpu(), s.scan.unit or "a.u."
-    titles = "truth", "filtered back-projection", "posterior mean" if isinstance(s, Solution) else "deep image prior"
+    mean = isinstance(s, Solution) and s.posterior.share == 1
+    titles = "truth", "filtered back-projection", "posterior mean" if mean else "deep image prior"
     for ax, title, x in zip(axes, titles, (truth, s.fbp, image)):
         if x is None: ax.set_axis_off()
         else: show_image(ax, sections(x.cpu()), title, unit, float(shown.min()), float(shown.max()))
