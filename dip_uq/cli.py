@@ -152,7 +152,7 @@ def measured(fields: dict,  # of `read_fields`
              photons: bool = False,  # are the readings numbers of photons?
              air: bool = False,  # is what the outermost bins read to be subtracted?
             ) -> tuple[dict, np.ndarray, list[str]]:
-    "Fields with line integrals, and what is broken marked; something (views, bins) that shows the axis; and doubts."
+    "Fields with line integrals, also counts of photons, what is broken marked; what shows the axis; doubts."
     rest, told = dict(fields), []
     counts, flat, dark, blank = (rest.pop(key, None) for key in ("counts", "flat", "dark", "blank"))
     if (photons and counts is None) or (dark is not None and flat is None):
@@ -165,17 +165,18 @@ def measured(fields: dict,  # of `read_fields`
         if np.ndim(blank) and np.shape(blank) not in (counts.shape, counts.shape[1:]):
             raise ValueError(f"blank has shape {np.shape(blank)}, but the views {counts.shape}; give another as --flat")
         light, beam = (counts, np.asarray(blank, float)) if flat is None else transmission(counts, flat, dark)
-        y, noise_std, good = line_integrals(light, beam)
+        y, _, good = line_integrals(light, beam)
         share = 1 - np.where(np.isfinite(light), light, 0) / np.where(beam > 0, beam, 1)
-        if photons: rest["noise_std"] = noise_std
-        if photons and (few := (light < 10).mean()) > 0.01:
-            told.append(f"{few:.0%} of the readings have fewer than 10 photons, and their logarithms are biased")
+        if photons: # they are kept as such: of few photons the logarithm is biased, of none there is no logarithm
+            good = np.isfinite(light) & (light >= 0) & (beam > 0)
+            rest |= dict(counts=np.where(good, light, 0), blank=beam)
     sound = valid_readings(np.where(np.isfinite(share), share, 0)) & (np.ones(y.shape, bool) & rest.get("valid", True))
     if bins := np.flatnonzero(~sound.any(0)).tolist(): told.append(f"bins {bins} are dead or hot")
     good &= sound
     offset, doubt = air_offset(np.where(good, y, 0))
     told.append(doubt or f"air beside the object reads {offset:.3g}" + (", which is subtracted" if air else ""))
     rest["measurement"] = np.where(good, y - offset * air, 0).astype(np.float32)
+    if photons: rest["blank"] = rest["blank"] * np.exp(-offset * air)
     return rest | ({} if good.all() else dict(valid=good)), filled(share, sound & np.isfinite(share)), told
 
 def filled(y: np.ndarray, good: np.ndarray) -> np.ndarray:
@@ -252,7 +253,8 @@ def run_import(args: argparse.Namespace) -> None:
                  invalid=f"{int((~scan.get('valid', np.ones(1, bool))).sum())} of {share.size}",
                  image=f"{scan['size']}² pixels of {scan['pixel_size']:.4g}, bins of {scan['bin_size']:.4g}")
     print("\n".join([f"{name:<16}{value}" for name, value in table.items()] + told + more))
-    write_by(args.out, lambda f: np.savez_compressed(f, **scan))
+    kept = {key: v for key, v in scan.items() if not ("counts" in scan and key in ("measurement", "noise_std"))}
+    write_by(args.out, lambda f: np.savez_compressed(f, **kept))
     write_by(picture := args.out.with_suffix(".png"), lambda f: preview(scan).savefig(f, dpi=110))
     print(f"written: {args.out}, and a preview {picture.name}")
 

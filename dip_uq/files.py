@@ -15,9 +15,11 @@ import logging
 import os
 import platform
 import re
+import struct
 import subprocess
 import sys
 import warnings
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from configparser import ConfigParser
 from contextlib import contextmanager
@@ -207,6 +209,18 @@ def _length(fields: Mapping, key: str) -> float:
     except (TypeError, ValueError): raise _Refused(f"{key} must hold numbers, got {str(fields[key])[:40]!r}") from None
     if not 0 < value < np.inf: raise _Refused(f"{key}={value:g} is out of range: it must be positive")
     return value
+
+# %% ../nbs/00_files.ipynb #ab000001
+def _undamaged(content: bytes) -> io.BytesIO:
+    "`content` of a MATLAB 5 file if all checksums in it are right; SciPy may crash on others."
+    if content[124:128] != b"\x00\x01IM": raise ValueError("this is not MATLAB's format 5, which save -v7 writes")
+    start = 128  # a header, then for each variable its kind, its size, and its content
+    while start < len(content):
+        kind, size = struct.unpack_from("<II", content, start)
+        if kind != 15: raise _Refused("a variable is not compressed, so damage would go unnoticed; save it with -v7")
+        zlib.decompress(content[start + 8:start + 8 + size])
+        start += 8 + size
+    return io.BytesIO(content)
 
 # %% ../nbs/00_files.ipynb #f0a10009
 _MM = {"m": 1e3, "cm": 10.0, "mm": 1.0, "um": 1e-3, "µm": 1e-3, "nm": 1e-6}

@@ -8,11 +8,8 @@ __all__ = ['save_scan', 'load_scan', 'load_htc2022', 'doubts', 'limited', 'in_th
            'air_offset', 'find_centre']
 
 # %% ../nbs/05_scans.ipynb #01d10001
-import io
 import os
-import struct
 import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from functools import partial
@@ -28,7 +25,7 @@ from scipy.ndimage import maximum_filter, minimum_filter
 
 from .data import (Scan, _pixels, _positive, _real, _thinned, _whole, difference_noise, largest_noise,
                          negative_range)
-from .files import READERS, _length, _open, _opened, _Refused, read_fields
+from .files import READERS, _length, _open, _opened, _Refused, _undamaged, read_fields
 from .operators import LinearOperator
 from .rays import Geometry, RayTransform, _unweighted, fan_beam, parallel_beam
 
@@ -244,17 +241,6 @@ def _htc_file(name: str, folder: str | Path | None) -> Path:
                          "pass folder=FOLDER, or put them into $DIP_UQ_DATA/htc2022") from error
 
 # %% ../nbs/05_scans.ipynb #53c96f10
-def _undamaged(content: bytes) -> io.BytesIO:
-    "`content` of a MATLAB 5 file if all checksums in it are right; SciPy may crash on others."
-    if content[124:128] != b"\x00\x01IM": raise ValueError("this is not MATLAB's format 5, which save -v7 writes")
-    start = 128  # a header, then for each variable its kind, its size, and its content
-    while start < len(content):
-        kind, size = struct.unpack_from("<II", content, start)
-        if kind != 15: raise _Refused("a variable is not compressed, so damage would go unnoticed; save it with -v7")
-        zlib.decompress(content[start + 8:start + 8 + size])
-        start += 8 + size
-    return io.BytesIO(content)
-
 def _mat(path: Path, variable: str | None) -> Iterator[dict]:
     "Variables of MATLAB, or what a struct of the challenge says."
     arrays = loadmat(_undamaged(path.read_bytes()), simplify_cells=True)

@@ -407,8 +407,12 @@ def test_import_of_photons(tmp_path, capsys):
     with np.load(tmp_path / "out.npz") as f:
         assert abs(f["centre"] - exact) < 0.1 and f["pixel_size"] == 1 and f["size"] == 50
         assert np.flatnonzero(~f["valid"].any(0)).tolist() == [60]
-        z = (f["measurement"] - y / y.max() * 2)[f["valid"]] / f["noise_std"][f["valid"]]
+        assert "measurement" not in f and np.array_equal(f["counts"][:, :60], counts[:, :60])
+        expected = f["blank"] * np.exp(-y / y.max() * 2)
+        z = ((f["counts"] - expected) / expected**0.5)[f["valid"]]
         assert z.std() == pytest.approx(1, abs=0.15)
+    scan = load_scan(tmp_path / "out.npz", angles=30, bins=50)
+    assert scan.poisson and int((~scan.valid).sum()) == 30 and scan.operator.geometry.centre == pytest.approx(exact / 2 - 0.25, abs=0.1)
 
 @needs_measured
 def test_import_of_the_tooth(tmp_path, capsys):

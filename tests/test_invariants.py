@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dip_uq.data import Scan, simulate, walnut
+from dip_uq.data import Scan, ellipses, simulate, walnut
 from dip_uq.dip import psnr
 from dip_uq.networks import UNet
 from dip_uq.pipeline import solve
@@ -31,17 +31,18 @@ def whole(y): return y
 
 
 @few
-@given(st.sampled_from(list(BEAMS)), st.sampled_from([0.02, 0.1, 0.3]), st.integers(0, 99),
+@given(st.sampled_from(list(BEAMS)), st.sampled_from([0.02, 0.1, 0.3]), st.integers(0, 99), st.sampled_from([1, 1, 0.5, 0.2]),
        st.floats(-1, 1).map(lambda x: 30**x) | st.none(), st.sampled_from([whole, whole, flipped, dead]))
-def test_the_image_is_not_worse_than_the_fit(beam, noise, seed, factor, fault):
-    "By more than half a decibel, whatever is told of the noise; a wrong noise and a dead bin are told."
-    scan = simulate(walnut(20, seed), BEAMS[beam](TURN), noise, seed)
+def test_the_image_is_not_worse_than_the_fit(beam, noise, seed, arc, factor, fault):
+    "By more than half a decibel, whatever is told of the noise; a wrong noise, a missing wedge and a dead bin are told."
+    scan = simulate((walnut, ellipses)[seed % 2](20, seed), BEAMS[beam](arc * TURN), noise, seed)
     told = None if factor is None else factor * scan.noise_std
     found = solved(replace(scan, measurement=fault(scan.measurement), noise_std=told))
     assert psnr(found.image, scan.truth) > psnr(found.recon.image, scan.truth) - 0.5
     assert (found.std > 0).all() and found.std.isfinite().all() and float(found.image.std()) > 0
     if factor is not None and factor < 0.1: assert "times noise_std" in str(found.doubts)
     if factor is not None and factor > 20: assert "as large as noise can be" in str(found.doubts)
+    if arc < 0.5: assert "looks along a wedge" in str(found.doubts)
     if fault is dead: assert "of bins 12 every reading is the same" in str(found.doubts)
 
 
