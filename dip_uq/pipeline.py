@@ -343,7 +343,8 @@ def draw_images(axes: Sequence[plt.Axes], s: ImageOnly) -> None: # four axes
     for ax, title, x in zip(axes, titles, (truth, s.fbp, image)):
         if x is None: ax.set_axis_off()
         else: show_image(ax, sections(x.cpu()), title, unit, float(shown.min()), float(shown.max()))
-    residual = (s.scan.operator(s.image) - s.scan.measurement).cpu()
+    alike = gaussian(s.scan, s.image) # of counts: how far off they are, relative to what is expected
+    residual = ((alike.operator(s.image) - alike.measurement) * (1 if alike.valid is None else alike.valid)).cpu()
     if residual.ndim != 2: return axes[3].set_axis_off()
     show_image(axes[3], residual, "residual Ax − y", "measurement", cmap="gray")
     axes[3].set(aspect="auto", box_aspect=1, xlabel="bin", ylabel="projection")
