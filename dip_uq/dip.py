@@ -23,10 +23,9 @@ import torch
 from IPython.display import display
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from .data import Scan, _check_peak, _positive, _real, _whole, extent, negative_range
-from .files import digest, keep_tensors, kept_tensors, load_tensors, named, save_tensors
+from .files import bar, digest, keep_tensors, kept_tensors, load_tensors, named, save_tensors
 from .networks import NETWORKS, UNet, fresh, optimizer_tensors, restore_optimizer, seeded
 from .operators import blur, cgls
 from .plotting import show_image
@@ -428,8 +427,8 @@ def reconstruct(scan: Scan, # what was measured; its truth, if any, is only scor
         watch.append(every(STATE_SECONDS, save))
     if progress == "live": watch.append(follow(scan))
     steps = descend(run, z, scale, scan, tv, jitter, lowest)
-    bar = tqdm(steps, "DIP", iterations, initial=run.iteration, disable=not progress)
-    why = choose_iterate(run, bar, stop, noise_level(scan.training), watch)
+    shown = bar(bool(progress), steps, "DIP", total=iterations, initial=run.iteration)
+    why = choose_iterate(run, shown, stop, noise_level(scan.training), watch)
     if save and why != "interrupted": save(run) # so that nothing is repeated
     net.load_state_dict(run.weights)
     with torch.no_grad(), seeded(seed): image = lowest + scale * picture(net.eval(), z)

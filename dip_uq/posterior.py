@@ -14,13 +14,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from .covariance import Model, fitted_first
 from .data import Scan
 from .dip import Reconstruction
 from .evidence import Evidence
-from .files import load_tensors, save_tensors
+from .files import bar, load_tensors, save_tensors
 from .linearization import FREE, Linearization, unit_vectors
 from .operators import LinearOperator
 from .priors import FilterPrior
@@ -63,7 +62,7 @@ class Posterior:
         image = self.lin.recon.image
         variance, smallest = image.new_empty(image.numel()), torch.finfo(image.dtype).eps
         pull = self.lin.pullback(min(chunk, len(variance)))
-        for i in tqdm(range(0, len(variance), chunk), "std", disable=not progress):
+        for i in bar(progress, range(0, len(variance), chunk), "std"):
             e = unit_vectors(image.shape, range(i, min(i + chunk, len(variance))), image)
             def make():
                 prior, explained = (C.diagonal() for C in self.evidence.covariance.explained(pull(e), self.part))
@@ -83,14 +82,14 @@ class Posterior:
             if self.share < 1: rays = rays - (1 - self.share) * K.unseen(size, generator)
             parts = (theta - K.weights_given(rays)).split(batch)
             return dict(x=torch.cat([push(part) for part in parts]), generator=generator.get_state())
-        bar = tqdm(desc="samples", total=n, disable=not progress)
+        shown = bar(progress, desc="samples", total=n)
         for i in range(0, n, chunk):
             size = min(chunk, n - i)
             piece = self.lin.piece(f"samples-{i}", partial(make, size), {}, n, seed, chunk, self.found)
             generator.set_state(piece["generator"])
-            bar.update(size)
+            shown.update(size)
             yield self.scale * piece["x"].to(self.lin.recon.image)
-        bar.close()
+        shown.close()
 
     def sample(self, n: int, seed: int = 0, progress: bool = False) -> Tensor: # (n, H, W)
         "n images from the posterior."
