@@ -229,6 +229,7 @@ class Reconstruction:
              net: nn.Module | None = None, # needed where it is no `UNet`: one like it, with any weights
             ) -> "Reconstruction": # on the device of the scan
         "Read what `save` wrote; raises ValueError for damaged files, another scan, or another network."
+        if not isinstance(scan, Scan): raise TypeError(f"scan is a {type(scan).__name__}; pass the Scan of the file")
         tensors, about = load_tensors(path)
         if "network" not in about: raise ValueError(f"path: {str(path)!r} holds no Reconstruction; pass a file that "
                                                     "Reconstruction.save wrote")

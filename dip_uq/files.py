@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LOCK', 'PIECE', 'write_whole', 'write_by', 'digest', 'save_tensors', 'load_tensors', 'named', 'check_folder',
-           'keep_tensors', 'kept_tensors', 'State', 'foreign', 'check_state', 'remove_pieces', 'take_lock', 'locked',
-           'stage', 'Unfailing', 'tell', 'bar', 'peak_memory_mb', 'versions', 'what_ran']
+           'keep_tensors', 'kept_tensors', 'as_path', 'State', 'foreign', 'check_state', 'remove_pieces', 'take_lock',
+           'locked', 'stage', 'Unfailing', 'tell', 'bar', 'peak_memory_mb', 'versions', 'what_ran']
 
 # %% ../nbs/00_files.ipynb #5b2fb5c5
 import hashlib
@@ -103,6 +103,11 @@ def kept_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict]: # both emp
     except ValueError as e:
         warnings.warn(f"state: {e.__cause__}, so {str(path)!r} is made again")
         return {}, {}
+
+def as_path(name: str, path: Any) -> Path:
+    "`path`, or a TypeError that names the argument."
+    if isinstance(path, (str, os.PathLike)): return Path(path)
+    raise TypeError(f"{name}={path!r} is no path; pass a string or a Path")
 
 class State:
     "The folder in which a run keeps the pieces that it has made, so that the same run, begun again, goes on; or none."

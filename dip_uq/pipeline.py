@@ -260,8 +260,8 @@ def check_fit(scan: Scan, net: nn.Module | None, progress: bool, state: State, f
         raise TypeError(f"scan: {type(scan).__name__} is not a Scan; make one with load_scan(path) or Scan(...)")
     if "stop" in fit: raise ValueError(f"stop={fit['stop']!r}: solve stops by held-out projections; leave it out")
     if len(scan.measurement) < 2:
-        raise ValueError("scan.measurement: 1 projection, but 2 or more are needed, as some are held out; for the image "
-                         "alone take reconstruct(scan)")
+        raise ValueError("scan.measurement: 1 projection, but 2 or more are needed, as some are held out; for the "
+                         "image alone take reconstruct(scan)")
     check_arguments(scan, net, "heldout", progress, fit.get("educated", False))
     if state.folder and "resume" in fit: raise ValueError("resume: state keeps the fit as well; pass one of the two")
     if net is not None: return net

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .covariance import Model, fitted_first
-from .data import Scan
+from .data import Scan, _whole
 from .dip import Reconstruction
 from .evidence import Evidence
 from .files import bar, load_tensors, save_tensors
@@ -59,7 +59,7 @@ class Posterior:
 
         A difference of variances: what is below the precision (eps) of the prior variance is raised to that.
         """
-        image = self.lin.recon.image
+        image, chunk = self.lin.recon.image, _whole("chunk", chunk)
         variance, smallest = image.new_empty(image.numel()), torch.finfo(image.dtype).eps
         pull = self.lin.pullback(min(chunk, len(variance)))
         for i in bar(progress, range(0, len(variance), chunk), "std"):
@@ -73,7 +73,7 @@ class Posterior:
     def deviations(self, n: int, seed: int = 0, chunk: int = 16, progress: bool = False
                   ) -> Iterator[Tensor]: # (≤ chunk, H, W) each
         "Samples of x − mean by pathwise conditioning (Wilson et al. 2020): J (θ₀ + Σ_θ (AJ)ᵀ K_yy⁻¹ (ξ − AJθ₀))."
-        if n < 1: raise ValueError(f"n: {n} samples; draw at least 1")
+        n, chunk = _whole("n", n), _whole("chunk", chunk)
         K, generator = self.evidence.covariance, torch.Generator().manual_seed(seed)
         batch = min(8, chunk, n) # 16 images at once would take twice the memory, and no less time
         push = self.lin.pushforward(batch)
