@@ -32,9 +32,10 @@ import torch
 
 from . import __version__
 from .data import Scan, _whole, simulate, walnut
-from .files import Unfailing, check_folder, check_state, locked, remove_pieces, tell
+from .files import check_folder, check_state, locked, remove_pieces
 from .networks import UNet
 from .pipeline import ImageOnly, headline, solve, solve_image
+from .plotting import Unfailing, tell
 from .pretraining import FINE, PHANTOMS, Pretrained, fan_scanner, fan_scanners, pretrain
 from .scans import doubts, load_scan
 

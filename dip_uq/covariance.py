@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from .data import Scan
 from .dip import picture
-from .files import State, bar
+from .files import State
 from .linearization import FREE, Linearization, class_grams, convolutions, tap_distances, unit_vectors
 from .networks import seeded
 from .operators import LinearOperator, MatrixOperator, require_memory
+from .plotting import bar
 from .priors import FilterPrior, network_blocks, one_block, tap_covariance
 
 # %% ../nbs/16_covariance.ipynb #c0000008

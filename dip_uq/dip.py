@@ -25,10 +25,10 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from .data import Scan, _check_peak, _positive, _real, _whole, extent, negative_range
-from .files import bar, digest, keep_tensors, kept_tensors, load_tensors, named, save_tensors
+from .files import digest, keep_tensors, kept_tensors, load_tensors, named, save_tensors
 from .networks import NETWORKS, UNet, fresh, optimizer_tensors, restore_optimizer, seeded
 from .operators import blur, cgls
-from .plotting import show_image
+from .plotting import bar, show_image
 from .rays import fbp
 
 # %% ../nbs/07_dip.ipynb #bf7fd3c4

@@ -24,8 +24,8 @@ from torch import Tensor
 from .covariance import Covariance, Model
 from .data import Scan, seen_and_unseen
 from .dip import noise_level, total_variation
-from .files import bar
 from .linearization import FREE, Linearization, is_normalisation, tap_distances
+from .plotting import bar
 from .priors import FilterPrior, TVPrior, tap_covariance, tv_strength
 
 # %% ../nbs/17_evidence.ipynb #1538db90

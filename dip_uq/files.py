@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOCK', 'PIECE', 'write_whole', 'write_by', 'digest', 'save_tensors', 'load_tensors', 'named', 'check_folder',
            'keep_tensors', 'kept_tensors', 'as_path', 'State', 'foreign', 'check_state', 'remove_pieces', 'take_lock',
-           'locked', 'stage', 'Unfailing', 'tell', 'bar', 'peak_memory_mb', 'versions', 'what_ran']
+           'locked', 'stage', 'peak_memory_mb', 'versions', 'what_ran']
 
 # %% ../nbs/00_files.ipynb #5b2fb5c5
 import hashlib
@@ -31,7 +31,6 @@ import psutil
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
-from tqdm.auto import tqdm
 
 # %% ../nbs/00_files.ipynb #0cbf800c
 def write_whole(path: str | Path, data: bytes) -> None:
@@ -192,32 +191,6 @@ def stage(name: str, # for somebody who waits, such as "the fit"
         else: rest = "nothing was kept yet, so begun again it starts anew"
         raise KeyboardInterrupt(f"interrupted during {name}; {rest}") from None
     seconds[key] = perf_counter() - began
-
-# %% ../nbs/00_files.ipynb #d1055b02
-class Unfailing:
-    "A text stream that may be missing, closed, full or broken: what cannot be written to it is given up."
-    def __init__(self, stream: Any): self.stream = stream
-
-    def write(self, text: str) -> int:
-        with suppress(OSError, ValueError, AttributeError): self.stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with suppress(OSError, ValueError, AttributeError): self.stream.flush()
-
-    def __getattr__(self, name: str) -> Any: return getattr(self.stream, name)
-
-def tell(*lines: str, stream: Any = None) -> None: # None: standard error
-    "Print lines, as far as that is possible."
-    stream = Unfailing(sys.stderr if stream is None else stream)
-    stream.write("\n".join(lines) + "\n")
-    stream.flush()
-
-def bar(progress: bool, iterable: Any = None, desc: str | None = None, **options: Any) -> tqdm:
-    "A tqdm bar, if `progress`; one that cannot be drawn is given up. In Jupyter it is a widget."
-    jupyter = type(sys.stderr).__module__.startswith("ipykernel")
-    if not jupyter: options |= dict(file=Unfailing(sys.stderr), dynamic_ncols=True)
-    return tqdm(iterable, desc, disable=not progress, **options)
 
 # %% ../nbs/00_files.ipynb #28194da1
 def peak_memory_mb() -> float:

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from .data import Scan
 from .dip import Reconstruction, gaussian
-from .files import State, bar, digest
+from .files import State, digest
 from .networks import seeded
 from .operators import LinearOperator, require_memory
+from .plotting import bar
 
 # %% ../nbs/13_linearization.ipynb #307d227a
 def convolutions(net: nn.Module) -> dict[str, nn.Module]:

@@ -31,10 +31,10 @@ from .covariance import announce, require_dense
 from .data import Scan, _whole, seen_and_unseen
 from .dip import Reconstruction, check_arguments, gaussian, psnr, reconstruct
 from .evidence import fit_evidence, fitted_noise
-from .files import State, save_tensors, stage, tell, what_ran, write_by, write_whole
+from .files import State, save_tensors, stage, what_ran, write_by, write_whole
 from .linearization import Linearization, check_network, convolutions, with_gradients
 from .networks import UNet, seeded
-from .plotting import sections, show_image, small_text
+from .plotting import sections, show_image, small_text, tell
 from .posterior import Posterior
 from .rays import RayTransform, fbp, field_of_view
 from .scans import doubts, noise_excess

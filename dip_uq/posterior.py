@@ -19,9 +19,10 @@ from .covariance import Model, fitted_first
 from .data import Scan, _whole
 from .dip import Reconstruction
 from .evidence import Evidence
-from .files import bar, load_tensors, save_tensors
+from .files import load_tensors, save_tensors
 from .linearization import FREE, Linearization, unit_vectors
 from .operators import LinearOperator
+from .plotting import bar
 from .priors import FilterPrior
 
 # %% ../nbs/18_posterior.ipynb #a430a4e0

@@ -25,9 +25,10 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from .data import Scan, _grid, _pixels, _positive, _whole, ellipses, rectangles, simulate, walnut
 from .dip import STATE_SECONDS, Reconstruction, every, first_guess, picture, psnr, reconstruct, revive
-from .files import bar, keep_tensors, load_tensors, named, save_tensors
+from .files import keep_tensors, load_tensors, named, save_tensors
 from .networks import UNet, fresh, optimizer_tensors, restore_optimizer, seeded
 from .operators import LinearOperator
+from .plotting import bar
 from .rays import RayTransform, fan_beam
 
 # %% ../nbs/10_pretraining.ipynb #04a00010

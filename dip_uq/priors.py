@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from .dip import Reconstruction
-from .files import bar
 from .linearization import FREE, Linearization, block_distances, tap_distances
+from .plotting import bar
 
 # %% ../nbs/15_priors.ipynb #963f5b34
 FAMILIES = {
