@@ -46,7 +46,7 @@ def _real(name: str,  # what the value is called in messages
     if shape is not None: _check_shape(name, tuple(value.shape), tuple(shape))
     given, value = value, value.to(dtype)
     if bad := value.numel() - int(value.isfinite().sum()):
-        kind = f"numbers too large for {dtype}" if given.isfinite().all() else "NaN or infinite numbers"
+        kind = f"numbers too large for {dtype} in this unit" if given.isfinite().all() else "NaN or infinite numbers"
         raise ValueError(f"{name} has {bad} {kind} out of {value.numel()}; repair or omit them")
     return value
 

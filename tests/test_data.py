@@ -35,7 +35,7 @@ Y = A(ellipses(16, 1))
 BAD_SCANS = dict(
     nan=(dict(measurement=Y * float("nan")), "measurement has 288 NaN or infinite numbers out of 288"),
     infinite=(dict(measurement=Y / 0), "NaN or infinite"),
-    beyond_float32=(dict(measurement=Y.double().numpy() + 1e300), "measurement has 288 numbers too large for torch.float32"),
+    beyond_float32=(dict(measurement=Y.double().numpy() + 1e300), "measurement has 288 numbers too large for torch.float32 in this unit"),
     complex_tensor=(dict(measurement=Y + 0j), "measurement is complex"),
     complex_array=(dict(measurement=Y.numpy() + 0j), "measurement is complex"),
     text=(dict(measurement=[["a"]]), "measurement must hold numbers"),
