@@ -307,14 +307,13 @@ def test_a_lock_that_is_being_removed_is_no_lock(tmp_path):
 
 def test_halves_do_not_meet(tmp_path, monkeypatch):
     "Of two that write the same file at the same time, neither publishes the other's half."
-    path, original = tmp_path / "file", Path.write_bytes
-    def meanwhile(part, data):
-        original(part, data[:3])
-        monkeypatch.setattr(Path, "write_bytes", original)
+    path, original = tmp_path / "file", os.replace
+    def meanwhile(part, target):
+        monkeypatch.setattr(os, "replace", original)
         files.write_whole(path, b"the other's")
         assert path.read_bytes() == b"the other's"
-        original(part, data)
-    monkeypatch.setattr(Path, "write_bytes", meanwhile)
+        original(part, target)
+    monkeypatch.setattr(os, "replace", meanwhile)
     files.write_whole(path, b"one's own")
     assert path.read_bytes() == b"one's own" and [p.name for p in tmp_path.iterdir()] == ["file"]
 
