@@ -15,7 +15,7 @@ import scipy.optimize
 import torch
 from torch import Tensor, nn
 
-from .data import Scan
+from .data import Scan, _positive, _whole
 from .dip import picture, reconstruct, total_variation
 from .linearization import unit_vectors
 from .networks import UNet, seeded
@@ -49,9 +49,9 @@ def ensemble(scan: Scan, net: nn.Module | None = None, members: int = 5,
              **fit, # see `reconstruct`
             ) -> Forecast:
     "Reconstructions with the seeds 0, 1, …; ValueError for fewer than 2 members."
-    if members < 2: raise ValueError(f"members: {members} do not differ; take 2 or more")
-    return Forecast.of(torch.stack([reconstruct(scan, net, seed=seed, progress=False, **fit).image
-                                    for seed in range(members)]))
+    members, fit = _whole("members", members, 2), dict(progress=False) | fit
+    if "seed" in fit: raise ValueError("seed: the members have the seeds 0, 1, …; leave it out")
+    return Forecast.of(torch.stack([reconstruct(scan, net, seed=seed, **fit).image for seed in range(members)]))
 
 # %% ../nbs/21_baselines.ipynb #ba5e0009
 def with_dropout(net: nn.Module, rate: float) -> nn.Module:
@@ -65,9 +65,10 @@ def with_dropout(net: nn.Module, rate: float) -> nn.Module:
 def mc_dropout(scan: Scan, net: nn.Module | None = None, rate: float = 0.05, samples: int = 100, seed: int = 0,
                **fit, # see `reconstruct`
               ) -> Forecast:
-    "Fitted and evaluated with random features left out; ValueError for a rate outside [0, 1)."
-    if not 0 <= rate < 1: raise ValueError(f"rate: {rate} is no share of features; try 0.05")
-    recon = reconstruct(scan, with_dropout(net or UNet(), rate), seed=seed, progress=False, **fit)
+    "Fitted and evaluated with random features left out; ValueError for a rate outside (0, 1)."
+    if not 0 < rate < 1: raise ValueError(f"rate: {rate} is no share of features that differ; try 0.05")
+    samples, fit = _whole("samples", samples, 2), dict(progress=False) | fit
+    recon = reconstruct(scan, with_dropout(net or UNet(), rate), seed=seed, **fit)
     net = recon.net.train()
     with torch.no_grad(), seeded(seed):
         return Forecast.of(torch.stack([recon.lowest + recon.scale * picture(net, recon.z) for _ in range(samples)]))
@@ -77,10 +78,10 @@ def langevin(scan: Scan, net: nn.Module | None = None, steps: int = 1000, rate: 
              **fit, # see `reconstruct`
             ) -> Forecast:
     "Every tenth iterate of the last three quarters of a preconditioned Langevin chain; ValueError for unknown noise."
-    scan = scan.white
+    steps, rate, scan, fit = _whole("steps", steps, 40), _positive("rate", rate), scan.white, dict(progress=False) | fit
     if not (noise := scan.level):
         raise ValueError(f"scan.noise_std: {noise}, but Langevin dynamics needs the noise level")
-    recon, images = reconstruct(scan, net, seed=seed, progress=False, **fit), []
+    recon, images = reconstruct(scan, net, seed=seed, **fit), []
     generator = torch.Generator().manual_seed(seed)
     weights, fitted = [p.requires_grad_() for p in recon.net.parameters()], recon.scan.training
     strength = tv_strength(recon, noise) if recon.settings["tv"] else 0.0

@@ -4,27 +4,28 @@
 
 # %% auto #0
 __all__ = ['demo_scan', 'OneLine', 'add_import', 'auto_or_bin', 'parser', 'info', 'measured', 'filled', 'located', 'preview',
-           'run_import', 'results_in', 'samples_of', 'run_solve', 'remove_state', 'stages', 'run_pretrain',
-           'in_one_line', 'check_device', 'ends_by_interrupt', 'carry_out', 'main']
+           'run_import', 'results_in', 'samples_of', 'run_solve', 'tell_results', 'state_of', 'stages', 'run_pretrain',
+           'in_one_line', 'check_device', 'ends_by_interrupt', 'interrupted', 'deaf', 'carry_out', 'end_of', 'give_up',
+           'main']
 
 # %% ../nbs/26_cli.ipynb #f90d6cfe
 import argparse
 import io
 import os
 import platform
-import shutil
+import re
 import signal
 import socket
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
 from dataclasses import replace
 from importlib.metadata import version
 from inspect import cleandoc
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -34,10 +35,10 @@ import torch
 
 from . import __version__
 from .data import Scan, _positive, _real, _whole, simulate, walnut
-from .files import READERS, check_folder, read_fields, write_by
+from .files import READERS, check_folder, check_state, locked, read_fields, remove_pieces, write_by
 from .networks import UNet
 from .pipeline import ImageOnly, headline, solve, solve_image
-from .plotting import show_image
+from .plotting import Unfailing, show_image, tell
 from .pretraining import FINE, PHANTOMS, Pretrained, fan_scanner, fan_scanners, pretrain
 from .rays import fan_beam, fbp, parallel_beam
 from .scans import (_FIELDS, air_offset, doubts, find_centre, line_integrals, load_scan, transmission,
@@ -252,11 +253,11 @@ def run_import(args: argparse.Namespace) -> None:
                  readings=" and ".join(["counts" if "counts" in fields else "line integrals", *frames]),
                  invalid=f"{int((~scan.get('valid', np.ones(1, bool))).sum())} of {share.size}",
                  image=f"{scan['size']}² pixels of {scan['pixel_size']:.4g}, bins of {scan['bin_size']:.4g}")
-    print("\n".join([f"{name:<16}{value}" for name, value in table.items()] + told + more))
+    tell(*(f"{name:<16}{value}" for name, value in table.items()), *told, *more, stream=sys.stdout)
     kept = {key: v for key, v in scan.items() if not ("counts" in scan and key in ("measurement", "noise_std"))}
     write_by(args.out, lambda f: np.savez_compressed(f, **kept))
     write_by(picture := args.out.with_suffix(".png"), lambda f: preview(scan).savefig(f, dpi=110))
-    print(f"written: {args.out}, and a preview {picture.name}")
+    tell(f"written: {args.out}, and a preview {picture.name}", stream=sys.stdout)
 
 # %% ../nbs/26_cli.ipynb #c15c0001
 @contextmanager
@@ -281,7 +282,7 @@ def samples_of(args: argparse.Namespace) -> int | None:
     if n is not None and n < 1: raise ValueError(f"--samples {n}: draw at least 1, or take --method exact")
     return dict(exact=0, samples=n or 512).get(args.method, n)
 
-def run_solve(args: argparse.Namespace) -> None:
+def run_solve(args: argparse.Namespace) -> tuple[ImageOnly, list[str]]: # and the questions that were asked before
     "Simulate or load a scan, solve it, and write the results to `args.out`; until then the run is kept there."
     samples = samples_of(args)
     check_device(args.device)
@@ -289,24 +290,31 @@ def run_solve(args: argparse.Namespace) -> None:
     if args.command == "demo": scan = demo_scan(args.size, args.angles, args.noise, args.seed)
     else: scan = load_scan(args.scan, args.angles, args.size, args.bins)
     if len(scan.measurement) < 2: raise ValueError("1 projection: 2 or more are needed, since some are held out")
-    for question in (asked := doubts(scan)): print(f"dip-uq: {question}", file=sys.stderr)
+    for question in (asked := doubts(scan)): tell(f"dip-uq: {question}")
     net = UNet(args.scales, args.channels) if pretrained is None else pretrained.net
     options = dict(iterations=args.usual) if pretrained is None else pretrained.options
     if args.iterations is not None: options["iterations"] = args.iterations
-    options |= dict(progress=not args.quiet, seed=args.seed, state=args.out / "state")
+    options |= dict(progress=not args.quiet, seed=args.seed, state=state_of(args))
     scan = scan.to(args.device)
     solution = solve_image(scan, net, **options) if args.image_only else solve(scan, net, samples, **options)
     solution.save(args.out, not args.quiet)
-    remove_state(args.out / "state")
-    print(headline(solution.summary()), f"written: summary.json, report.png, images and more in {args.out}", sep="\n")
-    if args.verbose: print(stages(solution), file=sys.stderr)
-    for doubt in solution.doubts:
-        if doubt not in asked: print(f"dip-uq: {doubt}", file=sys.stderr)
+    remove_pieces(state_of(args))
+    for path in args.out.glob("*.part"): # of a run that was killed while it wrote
+        if re.fullmatch(r"(posterior|result|summary|image|std|samples|report)\.\w+\.[0-9a-f]{8}\.part", path.name):
+            path.unlink(missing_ok=True)
+    return solution, asked
 
-def remove_state(folder: Path) -> None:
-    "The fit first: whatever may be left of the others, if this is interrupted, stands in nobody's way."
-    (folder / "fit.safetensors").unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
+def tell_results(args: argparse.Namespace, solution: ImageOnly, asked: Sequence[str]) -> None:
+    "What was found, where it is, and what is to be doubted that was not `asked` before."
+    where = f"written: summary.json, report.png, images and more in {args.out}"
+    tell(headline(solution.summary()), where, stream=Unfailing(sys.stdout))
+    if args.verbose: tell(stages(solution))
+    for doubt in solution.doubts:
+        if doubt not in asked: tell(f"dip-uq: {doubt}")
+
+def state_of(args: argparse.Namespace) -> Path:
+    "Where the run is kept until its results are written: a file beside that of weights, or else a folder."
+    return args.out.with_name(f"{args.out.name}.state") if args.command == "pretrain" else args.out / "state"
 
 def stages(solution: ImageOnly) -> str:
     "How long it took, and what the evidence and memory needed, a line each."
@@ -316,17 +324,17 @@ def stages(solution: ImageOnly) -> str:
     lines["memory"] = f"{summary['peak_memory_mb']:.0f} MB at most"
     return "\n".join(f"{name:<16}{value}" for name, value in lines.items())
 
-def run_pretrain(args: argparse.Namespace) -> None:
+def run_pretrain(args: argparse.Namespace) -> Pretrained:
     "Teach a network and write it to `args.out`; its state is kept beside that file while it learns."
-    iterations = args.usual if args.iterations is None else args.iterations
-    state = args.out.with_name(f"{args.out.name}.state")
+    iterations, size = args.usual if args.iterations is None else args.iterations, _whole("--size", args.size)
+    state = state_of(args)
     phantoms = [p for p in PHANTOMS if not args.phantoms or p.__name__ in args.phantoms]
-    taught = pretrain(fan_scanners(args.size), UNet(args.scales, args.channels), iterations=iterations, seed=args.seed,
+    taught = pretrain(fan_scanners(size), UNet(args.scales, args.channels), iterations=iterations, seed=args.seed,
                       resume=state, progress=not args.quiet, phantoms=phantoms)
     if taught.card["stopped"] == "interrupted": raise KeyboardInterrupt
     taught.save(args.out)
     if taught.card["steps"] == iterations: state.unlink(missing_ok=True)
-    print(taught, f"written: {args.out}", sep="\n")
+    return taught
 
 def in_one_line(error: Exception) -> str:
     "What `error` says, with its kind where the words alone would not tell."
@@ -345,7 +353,7 @@ def check_device(name: str) -> None:
 
 # %% ../nbs/26_cli.ipynb #f28fe155
 @contextmanager
-def ends_by_interrupt(words: str, # what to say then
+def ends_by_interrupt(words: Callable[[], str], # what to say then
                       seconds: float = 1.2,
                      ) -> Iterator[None]:
     "Inside, Ctrl-C ends the process, with code 130, after `seconds` if it has not ended by itself."
@@ -359,7 +367,7 @@ def ends_by_interrupt(words: str, # what to say then
         while (heard := here.recv(1)) and heard[0] != signal.SIGINT: pass
         here.close()
         if heard and not done.wait(seconds):
-            os.write(2, f"\ndip-uq: {words}\n".encode(sys.stderr.encoding or "ascii", "replace"))
+            tell(f"\ndip-uq: {words()}")
             os._exit(130)
     threading.Thread(target=watch, daemon=True).start()
     try: yield
@@ -368,31 +376,65 @@ def ends_by_interrupt(words: str, # what to say then
         signal.set_wakeup_fd(before)
         there.close()
 
+def interrupted(args: argparse.Namespace) -> str:
+    "What Ctrl-C means for the same command: does it go on, or start anew?"
+    state = state_of(args) if "out" in args else Path()
+    kept = state.is_file() or any(state.glob("*.safetensors"))
+    rest = f"goes on from what {state} holds" if kept else "starts anew, as nothing was kept yet"
+    return f"interrupted; the same command {rest}"
+
+def deaf(own: bool) -> None: # has the command a process of its own?
+    "Ctrl-C comes too late: all is written."
+    with suppress(ValueError): # in other threads, which never hear of it
+        if own: signal.signal(signal.SIGINT, signal.SIG_IGN)
+
 def carry_out(args: argparse.Namespace, own: bool) -> None: # has it a process of its own?
     "Do what the arguments ask for, in folders that are there."
-    if args.command == "info": print(info())
-    elif args.command in ("pretrain", "import"):
-        with results_in(args.out.parent): (run_import if args.command == "import" else run_pretrain)(args)
+    if args.command == "info": print(info(), flush=True)
+    elif args.command == "import":
+        with results_in(args.out.parent): run_import(args)
+    elif args.command == "pretrain":
+        if args.out.is_dir(): raise ValueError(f"--out {args.out} is a folder; name a file, such as "
+                                               f"{args.out / 'weights.safetensors'}")
+        with results_in(args.out.parent): taught = run_pretrain(args)
+        deaf(own)
+        tell(str(taught), f"written: {args.out}", stream=Unfailing(sys.stdout))
     else:
-        words = f"interrupted; the same command goes on from what {args.out / 'state'} holds"
-        with ends_by_interrupt(words) if own else nullcontext(), \
-             results_in(args.out), results_in(args.out / "state"): run_solve(args)
+        check_state("--out", state := state_of(args))
+        with ends_by_interrupt(lambda: interrupted(args)) if own else nullcontext(), \
+             results_in(args.out), results_in(state), locked("--out", state): found = run_solve(args)
+        deaf(own)
+        tell_results(args, *found)
 
-def main(argv: Sequence[str] | None = None) -> int:
-    "Run the command line; 0 when it did what was asked, 2 when the input was at fault, 130 when it was interrupted."
-    for stream in sys.stdout, sys.stderr:  # ASCII, say, has no ² and no λ: a question mark is better than a failure
-        if isinstance(stream, io.TextIOWrapper): stream.reconfigure(errors="replace")
-    args = parser().parse_args(argv)
-    try: carry_out(args, own=argv is None)
+def end_of(args: argparse.Namespace, own: bool) -> int:
+    "The exit code after `carry_out`: 2 when the input was at fault, 130 when it was interrupted."
+    try: carry_out(args, own)
     except KeyboardInterrupt as e:
-        print(f"\ndip-uq: {e if str(e) else 'interrupted; the same command goes on'}", file=sys.stderr, flush=True)
-        if argv is None: os._exit(130) # this is a process of its own, and to take torch apart would be another second
+        tell(f"\ndip-uq: {str(e) or interrupted(args)}")
+        if own: os._exit(130) # to take torch apart would be another second
         return 130
     except (ValueError, TypeError, OSError, RuntimeError, MemoryError, AssertionError) as e:
         if vars(args).get("verbose"): traceback.print_exc()
-        print(f"dip-uq: {in_one_line(e)}", file=sys.stderr)
+        tell(f"dip-uq: {in_one_line(e)}")
         return 2
     return 0
+
+def give_up(stream: Any) -> None:
+    "What cannot be written to a stream ends in nothing, or Python would end the process with another exit code."
+    try: stream.flush()
+    except (OSError, ValueError, AttributeError):
+        with suppress(OSError, ValueError, AttributeError): os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+def main(argv: Sequence[str] | None = None) -> int:
+    "Run the command line; 0 when it did what was asked, 2 when the input was at fault, 130 when it was interrupted."
+    streams = sys.stdout, sys.stderr
+    for stream in streams: # ASCII, say, has no ² and no λ: a question mark is better than a failure
+        if isinstance(stream, io.TextIOWrapper) and not stream.closed: stream.reconfigure(errors="replace")
+    args = parser().parse_args(argv)
+    with redirect_stderr(cast(Any, Unfailing(sys.stderr))): code = end_of(args, own=argv is None)
+    if argv is None:
+        for stream in streams: give_up(stream)
+    return code
 
 # %% ../nbs/26_cli.ipynb #c58dd5cb
 if __name__ == "__main__" and __package__: sys.exit(main())  # python -m dip_uq.cli; notebooks have no package

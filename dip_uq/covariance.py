@@ -17,7 +17,6 @@ from time import perf_counter
 import scipy.sparse as sp
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from .data import Scan
 from .dip import picture
@@ -25,6 +24,7 @@ from .files import State
 from .linearization import FREE, Linearization, class_grams, convolutions, tap_distances, unit_vectors
 from .networks import seeded
 from .operators import LinearOperator, MatrixOperator, require_memory
+from .plotting import bar
 from .priors import FilterPrior, network_blocks, one_block, tap_covariance
 
 # %% ../nbs/16_covariance.ipynb #c0000008
@@ -52,11 +52,11 @@ def pixel_gram(operator: LinearOperator, # A, n rays
         rows = sp.csr_array(operator.matrix @ sp.diags_array(pixels.flatten().double().cpu().numpy()))
         columns = rows.T.tocsr()
         # the product is not sparse any more: a part of it at a time
-        for part in tqdm(gram.split(256), "Gram of pixels", disable=not progress):
+        for part in bar(progress, gram.split(256), "Gram of pixels"):
             part.copy_(torch.from_numpy((rows[:len(part)] @ columns).toarray()))
             rows = rows[len(part):]
     else:
-        for i in tqdm(range(0, pixels.numel(), 64), "Gram of pixels", disable=not progress):
+        for i in bar(progress, range(0, pixels.numel(), 64), "Gram of pixels"):
             units = unit_vectors(shape, range(i, min(i + 64, pixels.numel())), pixels)
             columns = operator(units * pixels).flatten(1).double()
             gram.addmm_(columns.T, columns)

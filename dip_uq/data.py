@@ -44,9 +44,10 @@ def _real(name: str,  # what the value is called in messages
     if value.is_complex(): raise TypeError(f"{name} is complex; pass its real part or its modulus")
     if not value.numel(): raise ValueError(f"{name} is empty (shape {tuple(value.shape)}): nothing was measured")
     if shape is not None: _check_shape(name, tuple(value.shape), tuple(shape))
-    value = value.to(dtype)
+    given, value = value, value.to(dtype)
     if bad := value.numel() - int(value.isfinite().sum()):
-        raise ValueError(f"{name} has {bad} NaN or infinite numbers out of {value.numel()}; repair or omit them")
+        kind = f"numbers too large for {dtype} in this unit" if given.isfinite().all() else "NaN or infinite numbers"
+        raise ValueError(f"{name} has {bad} {kind} out of {value.numel()}; repair or omit them")
     return value
 
 def _check_shape(name: str, shape: tuple, expected: tuple) -> None:
@@ -69,8 +70,7 @@ def _positive(name: str, value: float, zero: bool = False) -> float:
     numbers = _real(name, value, None, torch.float64)
     if isinstance(value, bool): raise TypeError(f"{name} must be a number, got {value!r}")
     if numbers.numel() > 1: _check_shape(name, tuple(numbers.shape), ())
-    number = float(numbers)
-    if number < 0 or (number == 0 and not zero):
+    if (number := float(numbers)) < 0 or (number == 0 and not zero):
         raise ValueError(f"{name}={number:g} is out of range: it must be {'zero or more' if zero else 'positive'}")
     return number
 
@@ -178,7 +178,7 @@ class Scan:
         put("valid", _check_valid(self.valid, self.measurement, self.operator.range_shape))
         if self.valid is not None: put("measurement", _without_missing(self.measurement, self.valid))
         put("measurement", _real("measurement", self.measurement, self.operator.range_shape).detach().clone())
-        if self.truth is not None: put("truth", _real("truth", self.truth, self.operator.domain_shape).detach())
+        if self.truth is not None: put("truth", _real("truth", self.truth, self.operator.domain_shape).detach().clone())
         if self.noise_std is not None: put("noise_std", _check_noise(self.noise_std, self.measurement))
         if self.blank is not None:
             put("blank", _each("blank", self.blank, self.measurement))
@@ -228,8 +228,7 @@ class Scan:
 
     def fingerprint(self) -> torch.Tensor:  # of the operator's range_shape
         "What the operator makes of one fixed random image: another operator makes something else of it."
-        draw = torch.Generator().manual_seed(0)
-        image = torch.rand(self.operator.domain_shape, generator=draw, dtype=torch.float32)
+        image = torch.rand(self.operator.domain_shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
         return self.operator(image.to(self.measurement)).detach()
 
     def check_operator(self, fingerprint: torch.Tensor | None, source: str) -> None:
@@ -383,7 +382,7 @@ def gaussian_noise(clean: torch.Tensor,  # exact measurement A x, any shape
     "Add Gaussian noise of standard deviation `rel` · mean|`clean`|."
     clean = _real("clean", clean)
     std = _positive("rel", rel, zero=True) * float(clean.abs().mean())
-    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed))
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(_whole("seed", seed, 0)))
     return clean + std * noise.to(clean), std
 
 def poisson_noise(clean: torch.Tensor,  # exact line integrals A x, any shape
@@ -397,7 +396,7 @@ def poisson_noise(clean: torch.Tensor,  # exact line integrals A x, any shape
     """
     clean, photons = _real("clean", clean), _positive("photons", photons)
     expected = (photons * torch.exp(-clean.double())).cpu()
-    counts = torch.poisson(expected, generator=torch.Generator().manual_seed(seed)).clamp(min=1)
+    counts = torch.poisson(expected, generator=torch.Generator().manual_seed(_whole("seed", seed, 0))).clamp(min=1)
     return -torch.log(counts / photons).to(clean), torch.exp(clean / 2) / photons**0.5
 
 # %% ../nbs/04_data.ipynb #9f3ec8ac
@@ -407,6 +406,7 @@ def simulate(truth: ArrayLike,  # image of the operator's domain_shape
              seed: int = 0,  # of the noise
             ) -> Scan:
     "The scan that `operator` would measure of `truth`, with Gaussian noise and its known standard deviation."
+    if not isinstance(operator, LinearOperator): raise TypeError("operator is no LinearOperator; see as_operator")
     truth = _real("truth", truth, operator.domain_shape)
     measurement, std = gaussian_noise(operator(truth), _positive("noise", noise, zero=True), seed)
     pixel_size = operator.geometry.pixel_size if isinstance(operator, RayTransform) else None

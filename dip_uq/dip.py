@@ -23,13 +23,12 @@ import torch
 from IPython.display import display
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from .data import Scan, _check_peak, _positive, _real, _whole, extent, negative_range
 from .files import digest, keep_tensors, kept_tensors, load_tensors, named, save_tensors
 from .networks import NETWORKS, UNet, fresh, optimizer_tensors, restore_optimizer, seeded
 from .operators import blur, cgls
-from .plotting import show_image
+from .plotting import bar, show_image
 from .rays import fbp
 
 # %% ../nbs/07_dip.ipynb #bf7fd3c4
@@ -230,6 +229,7 @@ class Reconstruction:
              net: nn.Module | None = None, # needed where it is no `UNet`: one like it, with any weights
             ) -> "Reconstruction": # on the device of the scan
         "Read what `save` wrote; raises ValueError for damaged files, another scan, or another network."
+        if not isinstance(scan, Scan): raise TypeError(f"scan is a {type(scan).__name__}; pass the Scan of the file")
         tensors, about = load_tensors(path)
         if "network" not in about: raise ValueError(f"path: {str(path)!r} holds no Reconstruction; pass a file that "
                                                     "Reconstruction.save wrote")
@@ -429,8 +429,8 @@ def reconstruct(scan: Scan, # what was measured; its truth, if any, is only scor
         watch.append(every(STATE_SECONDS, save))
     if progress == "live": watch.append(follow(scan))
     steps = descend(run, z, scale, scan, tv, jitter, lowest)
-    bar = tqdm(steps, "DIP", iterations, initial=run.iteration, disable=not progress)
-    why = choose_iterate(run, bar, stop, noise_level(scan.training), watch)
+    shown = bar(bool(progress), steps, "DIP", total=iterations, initial=run.iteration)
+    why = choose_iterate(run, shown, stop, noise_level(scan.training), watch)
     if save and why != "interrupted": save(run) # so that nothing is repeated
     net.load_state_dict(run.weights)
     with torch.no_grad(), seeded(seed): image = lowest + scale * picture(net.eval(), z)

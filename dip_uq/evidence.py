@@ -20,12 +20,12 @@ import numpy as np
 import scipy.optimize
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .covariance import Covariance, Model
 from .data import Scan, seen_and_unseen
 from .dip import noise_level, total_variation
 from .linearization import FREE, Linearization, is_normalisation, tap_distances
+from .plotting import bar
 from .priors import FilterPrior, TVPrior, tap_covariance, tv_strength
 
 # %% ../nbs/17_evidence.ipynb #1538db90
@@ -220,12 +220,12 @@ def maximise(model: Model,
                                     objective, noise_std, model.blocks, tv is not None)
             value, slope = found["value"].item(), found["slope"].numpy()
             history.append(-value)
-            bar.update()
+            shown.update()
             return value - tilt @ p, slope - tilt
         return scipy.optimize.minimize(evaluate, start, method="L-BFGS-B", jac=True, bounds=box,
                                        options=dict(maxiter=steps, gtol=1e-4, ftol=1e-6))
     try:
-        with tqdm(desc="evidence", unit=" evaluations", disable=not progress) as bar:
+        with bar(progress, desc="evidence", unit=" evaluations") as shown:
             found = search(np.where(free, [low for low, _ in bounds], start), free, 0.0 * free)
             if free.any(): found = search(np.where(free, start, found.x), network, 0.5 * free)
     except torch.linalg.LinAlgError as e:

@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from .data import Scan
 from .dip import Reconstruction, gaussian
 from .files import State, digest
 from .networks import seeded
 from .operators import LinearOperator, require_memory
+from .plotting import bar
 
 # %% ../nbs/13_linearization.ipynb #307d227a
 def convolutions(net: nn.Module) -> dict[str, nn.Module]:
@@ -262,7 +262,7 @@ class Linearization:
         pull = (self.pullback if free_pixels else self.network_pullback)(min(chunk, n))
         out = self.recon.z.new_empty(n, width)
         seen = dict(A=operator(torch.rand(operator.domain_shape, generator=torch.Generator().manual_seed(0)).to(out)))
-        for i in tqdm(range(0, n, chunk), "rows of AJ", disable=not progress):
+        for i in bar(progress, range(0, n, chunk), "rows of AJ"):
             def make(): return dict(rows=pull(operator.T(unit_vectors(shape, range(i, min(i + chunk, n)), out))))
             out[i:i + chunk] = self.piece(f"rows-{i}", make, seen, chunk, width)["rows"]
         return out
@@ -329,10 +329,10 @@ def class_grams(lin: Linearization,
     require_memory(8 * n * ((len(distances) + 2) * n + widest), f"{len(distances)} Grams of {n} rays",
                    "measure fewer rays (angles or bins)", rows.device)
     grams = rows.new_zeros(len(distances), n, n, dtype=torch.float64)
-    with tqdm(desc="Grams", total=sum(part.shape[1] for _, part in parts), disable=not progress) as bar:
+    with bar(progress, desc="Grams", total=sum(part.shape[1] for _, part in parts)) as shown:
         for kernel, part in parts:
             add_class_grams(grams, part, kernel, distances)
-            bar.update(part.shape[1])
+            shown.update(part.shape[1])
     return distances, grams
 
 def add_class_grams(grams: Tensor, # (R, n, n), changed in place

@@ -313,13 +313,22 @@ def as_operator(thing,  # matrix, SciPy LinearOperator (ASTRA, PyLops), object w
         if wanted not in (None, found): raise ValueError(f"{name}={wanted}, but the {type(thing).__name__} has {found}")
     return A
 
+def _batch(name, product, x):
+    "What a function of others makes of a batch; TypeError or ValueError where that is no batch of tensors."
+    try: y = product(x)
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as e:
+        raise ValueError(f"{name} fails on a batch of shape {tuple(x.shape)}, which it should take: "
+                         f"{type(e).__name__} {e}") from e
+    if torch.is_tensor(y): return y.detach()
+    raise TypeError(f"{name} returns a {type(y).__name__}, expected a torch tensor, one result for each of a batch")
+
 def _tested(A, dtype=torch.float32, device="cpu"):
     "`A`; raises ValueError where its functions lose the batch, are not linear, or not adjoint to each other."
     draw = torch.Generator().manual_seed(0)
     for name, B in (("forward", A), ("adjoint", A.T)):
         given, expected = (2, *B.domain_shape), (2, *B.range_shape)
         x = torch.randint(-4, 5, given, generator=draw).to(device, dtype)  # whole numbers: no precision rounds them
-        found = tuple((y := B._forward(x).detach()).shape)
+        found = tuple((y := _batch(name, B._forward, x)).shape)
         if found != expected: raise ValueError(f"{name} maps a batch of shape {given} to {found}, expected {expected}")
         bend = (B(x[0] - x[1]) - y[0] + y[1]).norm() / y.norm().clamp_min(torch.finfo(dtype).tiny)
         if not bend < 1e-3: raise ValueError(f"{name} is not linear: {name}(x) - {name}(y) and {name}(x - y) differ by "
@@ -373,7 +382,7 @@ def _reshaped(product, given, wanted, x):
 
 def _from_callables(forward, adjoint, domain_shape, range_shape):
     "Two functions on batches of tensors."
-    range_shape = range_shape or tuple(forward(torch.zeros(1, *_known(domain_shape))).shape[1:])
+    range_shape = range_shape or tuple(_batch("forward", forward, torch.zeros(1, *_known(domain_shape))).shape[1:])
     return _tested(LinearOperator(domain_shape, range_shape, forward, adjoint))
 
 def _known(domain_shape):

@@ -9,7 +9,6 @@ __all__ = ['BELIEVED', 'ImageOnly', 'Solution', 'check_bars', 'linear_model', 't
 # %% ../nbs/23_pipeline.ipynb #30acd72a
 import json
 import math
-import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +25,6 @@ from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 from skimage.metrics import structural_similarity
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from .calibration import HeldOutCheck, check_held_out, coverage, held_out_errors, log_likelihood, z_std
 from .covariance import announce, require_dense
@@ -36,7 +34,7 @@ from .evidence import fit_evidence, fitted_noise
 from .files import State, save_tensors, stage, what_ran, write_by, write_whole
 from .linearization import Linearization, check_network, convolutions, with_gradients
 from .networks import UNet, seeded
-from .plotting import sections, show_image, small_text
+from .plotting import sections, show_image, small_text, tell
 from .posterior import Posterior
 from .rays import RayTransform, fbp, field_of_view
 from .scans import doubts, limited, noise_excess
@@ -266,6 +264,9 @@ def check_fit(scan: Scan, net: nn.Module | None, progress: bool, state: State, f
     if not isinstance(scan, Scan):
         raise TypeError(f"scan: {type(scan).__name__} is not a Scan; make one with load_scan(path) or Scan(...)")
     if "stop" in fit: raise ValueError(f"stop={fit['stop']!r}: solve stops by held-out projections; leave it out")
+    if len(scan.measurement) < 2:
+        raise ValueError("scan.measurement: 1 projection, but 2 or more are needed, as some are held out; for the "
+                         "image alone take reconstruct(scan)")
     check_arguments(scan, net, "heldout", progress, fit.get("educated", False))
     if state.folder and "resume" in fit: raise ValueError("resume: state keeps the fit as well; pass one of the two")
     if net is not None: return net
@@ -288,7 +289,7 @@ def solve_image(scan: Scan, net: nn.Module | None = None, progress: bool = True,
     "The first step of `solve` alone: the image without error bars, for any network and any number of rays."
     kept, seconds = State(state), {}
     net, began = check_fit(scan, net, progress, kept, fit), perf_counter()
-    if progress: tqdm.write(announce(scan, net, fit.get("iterations", 1000), None, kept), sys.stderr)
+    if progress: tell(announce(scan, net, fit.get("iterations", 1000), None, kept))
     recon = fitted(scan, net, kept, seconds, progress=progress, learning_rate=learning_rate, **fit)
     return ImageOnly(scan, recon, seconds | dict(total=perf_counter() - began))
 
@@ -312,7 +313,7 @@ def solve(scan: Scan, # what was measured
     if samples is None: samples = 0 if math.prod(scan.operator.domain_shape) <= 10_000 else 512
     samples = _whole("samples", samples, 0, 10**6)
     check_bars(scan, net)
-    if progress: tqdm.write(announce(scan, net, fit.get("iterations", 1000), samples, kept), sys.stderr)
+    if progress: tell(announce(scan, net, fit.get("iterations", 1000), samples, kept))
     recon = fitted(scan, net, kept, seconds, progress=progress, learning_rate=learning_rate, **fit)
     with stage("the rows of AJ, their Grams and the evidence", kept, {}, "evidence"):
         lin = linear_model(recon)

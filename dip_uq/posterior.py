@@ -14,15 +14,15 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from .covariance import Model, fitted_first
-from .data import Scan
+from .data import Scan, _whole
 from .dip import Reconstruction
 from .evidence import Evidence
 from .files import load_tensors, save_tensors
 from .linearization import FREE, Linearization, unit_vectors
 from .operators import LinearOperator
+from .plotting import bar
 from .priors import FilterPrior
 
 # %% ../nbs/18_posterior.ipynb #a430a4e0
@@ -60,10 +60,10 @@ class Posterior:
 
         A difference of variances: what is below the precision (eps) of the prior variance is raised to that.
         """
-        image = self.lin.recon.image
+        image, chunk = self.lin.recon.image, _whole("chunk", chunk)
         variance, smallest = image.new_empty(image.numel()), torch.finfo(image.dtype).eps
         pull = self.lin.pullback(min(chunk, len(variance)))
-        for i in tqdm(range(0, len(variance), chunk), "std", disable=not progress):
+        for i in bar(progress, range(0, len(variance), chunk), "std"):
             e = unit_vectors(image.shape, range(i, min(i + chunk, len(variance))), image)
             def make():
                 prior, explained = (C.diagonal() for C in self.evidence.covariance.explained(pull(e), self.part))
@@ -74,7 +74,7 @@ class Posterior:
     def deviations(self, n: int, seed: int = 0, chunk: int = 16, progress: bool = False
                   ) -> Iterator[Tensor]: # (≤ chunk, H, W) each
         "Samples of x − mean by pathwise conditioning (Wilson et al. 2020): J (θ₀ + Σ_θ (AJ)ᵀ K_yy⁻¹ (ξ − AJθ₀))."
-        if n < 1: raise ValueError(f"n: {n} samples; draw at least 1")
+        n, chunk = _whole("n", n), _whole("chunk", chunk)
         K, generator = self.evidence.covariance, torch.Generator().manual_seed(seed)
         batch = min(8, chunk, n) # 16 images at once would take twice the memory, and no less time
         push = self.lin.pushforward(batch)
@@ -83,14 +83,14 @@ class Posterior:
             if self.share < 1: rays = rays - (1 - self.share) * K.unseen(size, generator)
             parts = (theta - K.weights_given(rays)).split(batch)
             return dict(x=torch.cat([push(part) for part in parts]), generator=generator.get_state())
-        bar = tqdm(desc="samples", total=n, disable=not progress)
+        shown = bar(progress, desc="samples", total=n)
         for i in range(0, n, chunk):
             size = min(chunk, n - i)
             piece = self.lin.piece(f"samples-{i}", partial(make, size), {}, n, seed, chunk, self.found)
             generator.set_state(piece["generator"])
-            bar.update(size)
+            shown.update(size)
             yield self.scale * piece["x"].to(self.lin.recon.image)
-        bar.close()
+        shown.close()
 
     def sample(self, n: int, seed: int = 0, progress: bool = False) -> Tensor: # (n, H, W)
         "n images from the posterior."

@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset, Subset
-from tqdm.auto import tqdm
 
 from .data import Scan, _grid, _pixels, _positive, _whole, ellipses, rectangles, simulate, walnut
 from .dip import STATE_SECONDS, Reconstruction, every, first_guess, picture, psnr, reconstruct, revive
 from .files import keep_tensors, load_tensors, named, save_tensors
 from .networks import UNet, fresh, optimizer_tensors, restore_optimizer, seeded
 from .operators import LinearOperator
+from .plotting import bar
 from .rays import RayTransform, fan_beam
 
 # %% ../nbs/10_pretraining.ipynb #04a00010
@@ -192,10 +192,10 @@ def pretrain(instruments: Sequence[LinearOperator], # of square images of one si
     if resume is not None and Path(resume).exists(): course.restore(resume, card)
     keep = every(STATE_SECONDS, lambda course: course.save(resume, card))
     examples, first = [[v.to(accelerator.device) for v in pairs[i]] for i in CHECKS], accelerator.is_main_process
-    bar = tqdm(lessons(course, accelerator, pairs, batch), "pretraining", iterations, initial=len(course.losses),
-               disable=not (progress and first))
+    shown = bar(progress and first, lessons(course, accelerator, pairs, batch), "pretraining", total=iterations,
+                initial=len(course.losses))
     try:
-        for _ in bar:
+        for _ in shown:
             if len(course.losses) % (iterations // 20) == 0: course.check(examples)
             if first and resume is not None: keep(course)
     except KeyboardInterrupt:

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .dip import Reconstruction
 from .linearization import FREE, Linearization, block_distances, tap_distances
+from .plotting import bar
 
 # %% ../nbs/15_priors.ipynb #963f5b34
 FAMILIES = {
@@ -150,7 +150,7 @@ class TVPrior:
         chosen = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed))[:count].sort()[0]
         distances = {b: block_distances(lin, names) for b, names in blocks.items()}
         found, pull = {b: [] for b in blocks}, lin.pullback(min(chunk, len(chosen)))
-        for ends in tqdm(pairs[chosen].split(chunk), "differences of J", disable=not progress):
+        for ends in bar(progress, pairs[chosen].split(chunk), "differences of J"):
             u = lin.recon.z.new_zeros(len(ends), len(x))
             u.scatter_(1, ends.to(u.device), u.new_tensor([-1.0, 1.0]).expand(len(ends), 2))
             parts = dict(zip(lin.filters, pull(u.view(-1, *lin.recon.image.shape)).split(lin.sizes, 1)))

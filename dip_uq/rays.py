@@ -265,6 +265,7 @@ def fan_beam(
 
 
 def _ray_transform(geometry, shape):
+    if len(_check_shape("shape", shape)) != 2: raise ValueError(f"shape={shape!r}: expected (H, W), such as (128, 128)")
     shape, half = _check_shape("shape", shape), max(shape) * geometry.pixel_size / 2
     if geometry.fan and min(geometry.source_origin, geometry.origin_detector) < half:
         raise ValueError(f"source_origin={geometry.source_origin} and origin_detector={geometry.origin_detector} must "

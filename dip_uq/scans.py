@@ -25,7 +25,7 @@ from scipy.ndimage import maximum_filter, minimum_filter
 
 from .data import (Scan, _pixels, _positive, _real, _thinned, _whole, difference_noise, largest_noise,
                          negative_range)
-from .files import READERS, _length, _open, _opened, _Refused, _undamaged, read_fields
+from .files import READERS, _length, _open, _opened, _Refused, _undamaged, as_path, read_fields, write_by
 from .operators import LinearOperator
 from .rays import Geometry, RayTransform, _unweighted, fan_beam, parallel_beam
 
@@ -33,14 +33,14 @@ from .rays import Geometry, RayTransform, _unweighted, fan_beam, parallel_beam
 def save_scan(scan: Scan,  # of a `parallel_beam` or `fan_beam` with a square image
               path: str | Path,  # ends in .npz
              ) -> None:
-    "Write the documented .npz layout, which `load_scan` reads."
+    "Write the documented .npz layout, which `load_scan` reads, whole or not at all."
     if not isinstance(scan.operator, RayTransform):
         raise ValueError(f"scan.operator is a {type(scan.operator).__name__}, but only a RayTransform fits into .npz")
     if scan.poisson and scan.blank is None:
         raise ValueError("scan.poisson: the .npz layout holds line integrals, or counts with a blank, not emissions")
     height, width = scan.operator.domain_shape
     if height != width: raise ValueError(f"the image is {height} × {width}; only square ones fit into .npz")
-    if Path(path).suffix != ".npz": raise ValueError(f"path={str(path)!r} must end in .npz")
+    if as_path("path", path).suffix != ".npz": raise ValueError(f"path={str(path)!r} must end in .npz")
     g = scan.operator.geometry
     reading = "measurement" if scan.blank is None else "counts"
     tensors = {reading: scan.measurement, "truth": scan.truth, "noise_std": scan.noise_std, "valid": scan.valid,
@@ -50,7 +50,8 @@ def save_scan(scan: Scan,  # of a `parallel_beam` or `fan_beam` with a square im
                   source_origin=g.source_origin, origin_detector=g.origin_detector, rays_per_bin=g.rays_per_bin,
                   unit=scan.unit, name=scan.name, held_out=np.array(scan.held_out, int))
     fields |= {key: value.numpy(force=True) if torch.is_tensor(value) else value for key, value in tensors.items()}
-    np.savez_compressed(path, **{key: value for key, value in fields.items() if value is not None})
+    known = {key: value for key, value in fields.items() if value is not None}
+    write_by(path, lambda f: np.savez_compressed(f, **known))
 
 # %% ../nbs/05_scans.ipynb #05a10001
 _ALSO = dict(sinogram="measurement", theta="angles", angles_deg="angles", center="centre", centre_index="centre")
@@ -213,7 +214,7 @@ def load_scan(path: str | Path,  # .npz in the documented layout, or htc2022_…
     `noise_std` and `valid` (False: missing) may be given for each bin or reading. In place of line integrals there may
     be `counts`, with the `blank` that is counted without an object: a number, or for each bin or reading.
     """
-    path = _open(path)
+    path = _open(as_path("path", path))
     if path.suffix.lower() == ".npz": return _scan_from(_fields_of(path), str(path), angles, size, bins)
     if path.suffix.lower() != ".mat": raise ValueError(f"{path} ends in {path.suffix!r}; use .npz, or .mat of HTC 2022")
     given: dict[str, Any] = dict(angles=angles, size=size, bins=bins)

@@ -2,8 +2,10 @@
 import io
 import os
 import runpy
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -82,4 +84,50 @@ def test_pretraining_that_is_interrupted_is_no_result(tmp_path, monkeypatch, cap
     taught = SimpleNamespace(card=dict(stopped="interrupted", steps=3), save=lambda path: path.touch())
     monkeypatch.setattr("dip_uq.cli.pretrain", lambda *args, **options: taught)
     assert main(["pretrain", "--out", str(tmp_path / "weights"), "--quiet"]) == 130
-    assert not list(tmp_path.iterdir()) and "goes on" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir()) and "the same command starts anew, as nothing was kept yet" in capsys.readouterr().err
+    (tmp_path / "weights.state").touch()
+    assert main(["pretrain", "--out", str(tmp_path / "weights"), "--quiet"]) == 130
+    assert f"the same command goes on from what {tmp_path}/weights.state holds" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--out", "."], "--out . is a folder; name a file, such as weights.safetensors"),
+    (["--out", "there"], "--out there is a folder; name a file, such as there/weights.safetensors"),
+    (["--out", "weights", "--size", "0"], "--size=0 is out of range: choose 1 or more")])
+def test_pretraining_that_cannot_end_well_does_not_begin(argv, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("dip_uq.cli.pretrain", lambda *args, **options: pytest.fail("it begins"))
+    (tmp_path / "there").mkdir()
+    assert main(["pretrain", "--quiet", *argv]) == 2 and capsys.readouterr().err == f"dip-uq: {message}\n"
+
+
+DEMO = f"{sys.executable} -m dip_uq demo --size 8 --angles 4 {' '.join(SMALL[:-1])} --out out"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no device that is always full")
+@pytest.mark.parametrize("streams", ["2>&1 | head -1", "2>&-", "2>/dev/full", ">/dev/full", ">&- 2>&-"])
+def test_outputs_that_fail_cost_no_run(streams, tmp_path):
+    "Missing, full or broken: the results are files, and the exit code is theirs."
+    done = subprocess.run(["bash", "-c", f"{DEMO} {streams}; exit ${{PIPESTATUS[0]}}"], cwd=tmp_path, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert b"Error" not in done.stderr and (tmp_path / "out" / "report.png").exists() and not (tmp_path / "out" / "state").exists()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no device that is always full")
+def test_information_that_nobody_gets_is_an_error():
+    done = subprocess.run(["bash", "-c", f"{sys.executable} -m dip_uq info >/dev/full"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "dip-uq: [Errno 28] No space left on device\n")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are no signals there")
+def test_an_interruption_after_the_results_is_none(tmp_path):
+    "Whoever sees that all is written may press Ctrl-C."
+    child = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); from dip_uq.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", child, *DEMO.split()[3:], "--quiet"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while not process.stdout.readline().startswith("written:"): pass
+        for _ in range(20):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.02)
+        assert "Traceback" not in process.stderr.read()
+    assert process.returncode == 0

@@ -35,7 +35,7 @@ Y = A(ellipses(16, 1))
 BAD_SCANS = dict(
     nan=(dict(measurement=Y * float("nan")), "measurement has 288 NaN or infinite numbers out of 288"),
     infinite=(dict(measurement=Y / 0), "NaN or infinite"),
-    beyond_float32=(dict(measurement=Y.double().numpy() + 1e300), "measurement has 288 NaN or infinite"),
+    beyond_float32=(dict(measurement=Y.double().numpy() + 1e300), "measurement has 288 numbers too large for torch.float32 in this unit"),
     complex_tensor=(dict(measurement=Y + 0j), "measurement is complex"),
     complex_array=(dict(measurement=Y.numpy() + 0j), "measurement is complex"),
     text=(dict(measurement=[["a"]]), "measurement must hold numbers"),
@@ -257,6 +257,9 @@ def test_walnuts_stay_in_the_field_of_view():
     (lambda: gaussian_noise(Y, -0.1), "rel=-0.1 is out of range"),
     (lambda: gaussian_noise(Y / 0), "clean has"),
     (lambda: poisson_noise(Y, 0), "photons=0 is out of range: it must be positive"),
+    (lambda: simulate(A, ellipses(16)), "operator is no LinearOperator"), (lambda: simulate(ellipses(16), A, seed=-1), "seed=-1 is out"),
+    (lambda: simulate(ellipses(16), A, seed=1.5), "seed must be a whole number, got 1.5"),
+    (lambda: poisson_noise(Y, seed=None), "seed must be a whole number, got None"),
     (lambda: simulate(ellipses(15), A), "truth has shape (15, 15), but (16, 16) is needed"),
     (lambda: simulate(ellipses(16), A, noise=-0.05), "noise=-0.05 is out of range: it must be zero or more"),
     (lambda: Scan(Y, A).hold_out(12), "n=12 is out of range: choose 0 to 11"),
@@ -361,7 +364,28 @@ def test_measurements_have_no_gradient():
     assert not scan.measurement.requires_grad and not scan.truth.requires_grad and torch.equal(scan.measurement, Y)
 
 
+def test_a_scan_keeps_its_own_truth():
+    truth = ellipses(16, 1)
+    scan = Scan(Y, A, truth)
+    truth += 1
+    assert torch.equal(scan.truth, ellipses(16, 1))
+
+
 # Files: .npz
+
+def test_what_is_no_path_is_refused():
+    with pytest.raises(TypeError, match="path=None is no path; pass a string or a Path"): load_scan(None)
+    with pytest.raises(TypeError, match="path=None is no path; pass a string or a Path"): save_scan(Scan(Y, A), None)
+
+
+def test_a_full_disk_leaves_the_earlier_scan(tmp_path, monkeypatch):
+    "Written whole or not at all, in a new folder if need be."
+    save_scan(Scan(Y, A), path := tmp_path / "new" / "scan.npz")
+    def full(part, data): raise OSError(28, "No space left on device")
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"): save_scan(Scan(2 * Y, A), path)
+    assert torch.equal(load_scan(path).measurement, Y) and list(path.parent.iterdir()) == [path]
+
 
 @pytest.fixture(scope="module")
 def npz(tmp_path_factory):

@@ -536,3 +536,18 @@ def test_linear_maps_of_any_precision_are_taken():
     def matrix(w): return lambda x: x @ w.T, lambda y: y @ w
     kinds = [matrix(torch.rand(12, 12) * gain) for gain in (0, 1e-15, 1, 1e15)] + [matrix(weight)]
     for pair in kinds: as_operator(pair, (12,), (12,))
+
+
+@pytest.mark.parametrize("thing, message", [
+    (sp.linalg.LinearOperator((64, 64), matvec=lambda v: v, dtype=np.float64), "adjoint fails on a batch .*rmatvec"),
+    ((lambda x: x.numpy(), lambda y: y), "forward returns a ndarray, expected a torch tensor"),
+    ((lambda x: x, lambda y: y.numpy()), "adjoint returns a ndarray, expected a torch tensor"),
+    ((lambda x: x.view(8, 8), lambda y: y), r"forward fails on a batch of shape \(2, 8, 8\)"),
+    ((lambda x: x[0], lambda y: y), r"forward maps a batch of shape \(2, 8, 8\) to \(8, 8\)")])
+def test_functions_that_are_no_operator_are_named(thing, message):
+    with pytest.raises((TypeError, ValueError), match=message): as_operator(thing, (8, 8), (8, 8))
+
+
+@pytest.mark.parametrize("shape", [16, (16,), (4, 4, 4)])
+def test_a_beam_needs_height_and_width(shape):
+    with pytest.raises(ValueError, match=r"expected \(H, W\), such as \(128, 128\)"): parallel_beam([0.0, 1.0], shape, 8)

@@ -9,6 +9,7 @@ import tifffile
 import torch
 
 from dip_uq.data import Scan, ellipses, negative_range, rectangles, shepp_logan, simulate, walnut
+from dip_uq.dip import reconstruct
 from dip_uq.networks import UNet
 from dip_uq.operators import as_operator, blur, fourier, mask
 from dip_uq.pipeline import solve, solve_image
@@ -284,3 +285,12 @@ def test_nothing_is_told_of_scans_that_are_right():
 @pytest.mark.parametrize("name", ["ta", "tb", "solid_disc"])
 def test_nothing_is_told_of_measured_discs(name):
     for angles, size in ((10, 64), (30, 128), (120, 32)): assert doubts(load_htc2022(name, angles, size)) == []
+
+
+@pytest.mark.parametrize("call", [solve, solve_image])
+def test_a_single_projection_is_refused_with_what_works(call):
+    "And it does work."
+    scan = simulate(walnut(16), parallel_beam([0.3], (16, 16), 16))
+    with pytest.raises(ValueError, match=r"1 projection, but 2 or more are needed.*; for the image alone take reconstruct\(scan\)"):
+        call(scan, progress=False)
+    assert reconstruct(scan, UNet(2, 4), iterations=5, progress=False).image.isfinite().all()

@@ -369,3 +369,11 @@ def test_std_against_laplace_torch():
     expected = (J @ la.posterior_covariance @ J.T).diagonal().sqrt()
     off = float((Posterior(evidence).std().flatten() / expected - 1).abs().max())
     assert off < 2e-4  # 5e-5 where it was measured
+
+
+def test_wrong_numbers_are_refused_by_name(case, tmp_path):
+    posterior, _, _ = case
+    with pytest.raises(TypeError, match="n must be a whole number, got 1.5"): posterior.sample(1.5)
+    with pytest.raises(ValueError, match="chunk=0 is out of range: choose 1 or more"): posterior.std(chunk=0)
+    posterior.save(tmp_path / "p")
+    with pytest.raises(TypeError, match="scan is a NoneType; pass the Scan of the file"): Posterior.load(tmp_path / "p", None)

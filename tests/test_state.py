@@ -234,3 +234,127 @@ def test_pieces_whose_bits_were_changed_are_made_again(tmp_path):
         path.write_bytes(content)
     with pytest.warns(UserWarning, match="its numbers were changed, so .* is made again"): again = result(state=tmp_path)
     assert torch.equal(again.image, whole.image) and torch.equal(again.std, whole.std)
+
+
+# A folder that is shared
+
+
+def demo(out, *more): return cli.main([*DEMO, "--out", str(out), *more])
+
+
+def test_a_folder_of_the_same_name_is_left_alone(tmp_path, capsys):
+    "Whatever is in it, a piece beside it or not; refused before the run, in one line, with the folder's name and a remedy."
+    state, elsewhere = tmp_path / "out" / "state", tmp_path / "elsewhere"
+    def refused(words):
+        assert demo(tmp_path / "out") == 2 and not (tmp_path / "out" / "summary.json").exists()
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and str(state) in said and words in said and "another folder" in said
+    state.mkdir(parents=True)
+    for name in "thesis.tex", "weights.safetensors", "fit.safetensors.bak", "dip_uq.lock.txt":
+        (state / name).write_text("mine")
+        refused(f"holds {name!r}, which dip_uq did not write; move that")
+        assert (state / name).read_text() == "mine"
+        (state / name).unlink()
+    (state / "fit.safetensors").mkdir()
+    refused("holds 'fit.safetensors'")
+    (state / "fit.safetensors").rmdir()
+    state.rmdir()
+    elsewhere.mkdir()
+    (elsewhere / "fit.safetensors").write_text("mine")
+    state.symlink_to(elsewhere)
+    refused("is a link; remove it")
+    assert (elsewhere / "fit.safetensors").read_text() == "mine"
+
+
+def test_only_pieces_are_removed(tmp_path):
+    "Also halves that a killed process left, of this version or an earlier one, in the state and beside the results."
+    (tmp_path / "out" / "state").mkdir(parents=True)
+    for name in "state/fit.safetensors.part", "state/std-0-0123456789abcdef.safetensors.01234567.part", "state/dip_uq.lock", \
+                "image.tif.01234567.part", "mine.tif.01234567.part", "image.tif.part":
+        (tmp_path / "out" / name).touch()
+    assert demo(tmp_path / "out") == 0
+    found = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"mine.tif.01234567.part", "image.tif.part", "summary.json"} < found and not {"state", "image.tif.01234567.part"} & found
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are no signals there")
+def test_one_process_at_a_time(tmp_path, capsys):
+    "The second ends before the fit; where the first is killed, its lock is gone as well."
+    process = start(tmp_path / "out")
+    assert wait_for(process, tmp_path / "out", "evidence")
+    os.kill(process.pid, signal.SIGSTOP)
+    pieces = sorted((tmp_path / "out" / "state").iterdir())
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(cli, "solve", lambda *args, **options: pytest.fail("it runs"))
+        assert demo(tmp_path / "out") == 2
+    said = f"dip-uq: --out: another process is writing to '{tmp_path}/out/state'; wait for it, or choose another folder\n"
+    assert capsys.readouterr().err == said and sorted((tmp_path / "out" / "state").iterdir()) == pieces
+    os.kill(process.pid, signal.SIGKILL)
+    process.join(20)
+    assert (tmp_path / "out" / "state" / files.LOCK).exists()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(dip.Run, "step", lambda *args: pytest.fail("a step is repeated"))
+        assert demo(tmp_path / "out") == 0
+    assert not (tmp_path / "out" / "state").exists()
+
+
+def test_a_lock_that_is_being_removed_is_no_lock(tmp_path):
+    "Whoever opened its file before, and locks it afterwards, would have a lock that nobody else sees."
+    with (tmp_path / files.LOCK).open("ab") as file:
+        (tmp_path / files.LOCK).unlink()
+        assert not files.take_lock(file.fileno())
+
+
+def test_halves_do_not_meet(tmp_path, monkeypatch):
+    "Of two that write the same file at the same time, neither publishes the other's half."
+    path, original = tmp_path / "file", os.replace
+    def meanwhile(part, target):
+        monkeypatch.setattr(os, "replace", original)
+        files.write_whole(path, b"the other's")
+        assert path.read_bytes() == b"the other's"
+        original(part, target)
+    monkeypatch.setattr(os, "replace", meanwhile)
+    files.write_whole(path, b"one's own")
+    assert path.read_bytes() == b"one's own" and [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_pieces_that_were_exchanged_are_made_again(tmp_path):
+    whole = result(state=tmp_path)
+    first, second = sorted(tmp_path.glob("std-*"))[:2]
+    for source, target in (first, tmp_path / "aside"), (second, first), (tmp_path / "aside", second): source.rename(target)
+    with pytest.warns(UserWarning, match="holds the piece 'std-.*', so it is made again"): again = result(state=tmp_path)
+    assert torch.equal(again.std, whole.std)
+
+
+@pytest.mark.parametrize("digit", [b'"seed": 0', b'"lowest": 0.0'])
+def test_a_header_that_was_changed_is_refused(digit, tmp_path):
+    "Settings are numbers, too; files of before, whose digest is one of the tensors alone, are read."
+    path, recon = tmp_path / "recon", reconstruct(SCAN, UNet(2, 4), **OPTIONS)
+    recon.save(path)
+    content = path.read_bytes()
+    escaped = digit.replace(b'"', b'\\"')
+    assert escaped in content
+    path.write_bytes(content.replace(escaped, escaped.replace(b"0", b"7", 1)))
+    with pytest.raises(ValueError, match="its numbers were changed"): load_tensors(path)
+    tensors, about = recon.parts()
+    old = {"about": json.dumps(about), "digest": files.digest(tensors)}
+    path.write_bytes(files.save({k: v.contiguous() for k, v in tensors.items()}, old))
+    assert load_tensors(path)[1]["settings"] == about["settings"]
+
+
+def test_a_state_that_is_no_path_is_refused():
+    with pytest.raises(ValueError, match="state: embedded null byte; choose a folder"): result(state="a\0b")
+
+
+@pytest.mark.parametrize("kind", ["none", "closed", "broken"])
+def test_nobody_needs_to_hear(kind, monkeypatch, tmp_path):
+    "Bars and messages of Python, where the standard error is not there, or its reader has gone."
+    stream = None if kind == "none" else (tmp_path / "closed").open("w")
+    if kind == "closed": stream.close()
+    if kind == "broken":
+        reader, writer = os.pipe()
+        os.close(reader)
+        stream = os.fdopen(writer, "w", 1)
+    monkeypatch.setattr(sys, "stderr", stream)
+    assert torch.equal(result(progress=True).std, result().std)
+    if kind == "broken": os.dup2(os.open(os.devnull, os.O_WRONLY), writer)  # or closing it would fail
