@@ -16,6 +16,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from textwrap import fill
 from time import perf_counter
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -145,8 +146,10 @@ class ImageOnly:
         summary = self.summary()
         save_tensors(folder / "result.safetensors", self.tensors, summary)
         write_whole(folder / "summary.json", json.dumps(summary, indent=2).encode())
+        side = self.scan.pixel_size # mm, so that there are 10 / side pixels to a centimetre
+        scale: dict[str, Any] = dict(resolution=(10 / side, 10 / side), resolutionunit="CENTIMETER") if side else {}
         for name in {"image", "std"} & self.tensors.keys():
-            grey = partial(tifffile.imwrite, data=self.tensors[name].cpu().numpy(), photometric="minisblack")
+            grey = partial(tifffile.imwrite, data=self.tensors[name].cpu().numpy(), photometric="minisblack", **scale)
             write_by(folder / f"{name}.tif", grey)
 
     def save_report(self, folder: Path) -> None:

@@ -206,6 +206,13 @@ def test_an_image_alone_leaves_no_bars_of_another_scan(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"result.safetensors", "summary.json", "image.tif", "report.png"}
 
 
+def test_tiffs_know_the_pixel_size(scan, tmp_path):
+    solve_image(replace(scan, pixel_size=0.25), UNet(2, 4), iterations=3, progress=False).save(tmp_path)
+    with tifffile.TiffFile(tmp_path / "image.tif") as tif:
+        tags, across = tif.pages[0].tags, tif.pages[0].tags["XResolution"].value
+        assert across[0] / across[1] == 40 and tags["ResolutionUnit"].value == tifffile.RESUNIT.CENTIMETER  # per cm
+
+
 def test_volumes_are_grey(tmp_path):
     "Four slices are four pages, not one picture of four colours."
     solved(mask(torch.ones(4, 12, 12, dtype=torch.bool)), ball(4, 12, 12)).save_figures(tmp_path)
