@@ -18,6 +18,8 @@ from execnb.shell import CaptureShell
 from IPython.core.interactiveshell import InteractiveShell
 from nbdev.config import get_config
 
+import dip_uq.scans  # noqa: F401  (which adds to READERS)
+from dip_uq.files import READERS
 from tools.execute import tidy
 
 multiprocessing.set_forkserver_preload(["dip_uq.cli"])  # so that processes which tests start need not import it
@@ -90,7 +92,7 @@ class Shell(CaptureShell):
 def isolated():
     "Let a notebook start from the same state always, and leave no trace in this process."
     dtype, threads, main = torch.get_default_dtype(), torch.get_num_threads(), sys.modules["__main__"]
-    environment, path = dict(os.environ), sys.path.copy()
+    environment, path, readers = dict(os.environ), sys.path.copy(), dict(READERS)
     random.seed(0), np.random.seed(0), torch.manual_seed(0)
     try:
         with matplotlib.rc_context(): yield
@@ -100,6 +102,7 @@ def isolated():
         torch.set_default_dtype(dtype)
         torch.set_num_threads(threads)
         sys.modules["__main__"], sys.path[:] = main, path
+        READERS.update(readers)
         os.environ.clear()
         os.environ.update(environment)  # without IN_TEST, under which nbdev_export would do nothing
         if InteractiveShell.initialized():
