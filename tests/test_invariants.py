@@ -13,7 +13,7 @@ from dip_uq.networks import UNet
 from dip_uq.pipeline import solve
 from dip_uq.rays import fan_beam, parallel_beam
 
-few = settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+few = settings(max_examples=3, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 FAN = dict(source_origin=60, origin_detector=30)
 BEAMS = {"parallel": lambda angles: parallel_beam(angles, (20, 20), 29),
          "fan": lambda angles: fan_beam(2 * angles, (20, 20), 29, 1.4, **FAN)}
