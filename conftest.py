@@ -31,6 +31,11 @@ def pytest_addoption(parser):
     parser.addoption("--nbflags", default="", help="also run the notebook cells with these flags, as in --nbflags slow")
 
 
+def pytest_collection_modifyitems(items):
+    "What starts an app or builds the book comes first, so that no other worker takes over, and does so again."
+    items.sort(key=lambda item: item.path.stem not in ("test_browser", "test_docs"))
+
+
 def pytest_collect_file(file_path, parent):
     if file_path.suffix == ".ipynb" and file_path.parent == NBS and file_path.name[0] not in "_.":
         return NotebookFile.from_parent(parent, path=file_path)
