@@ -40,7 +40,7 @@ from .networks import UNet
 from .pipeline import ImageOnly, headline, solve, solve_image
 from .plotting import Unfailing, show_image, tell
 from .pretraining import FINE, PHANTOMS, Pretrained, fan_scanner, fan_scanners, pretrain
-from .rays import fan_beam, fbp, parallel_beam
+from .rays import _unweighted, fan_beam, fbp, parallel_beam
 from .scans import (_FIELDS, air_offset, doubts, find_centre, line_integrals, load_scan, transmission,
                           valid_readings)
 
@@ -182,9 +182,9 @@ def measured(fields: dict,  # of `read_fields`
 
 def filled(y: np.ndarray, good: np.ndarray) -> np.ndarray:
     "Readings (views, bins) to look at: those that are not good lie on a line between their neighbours."
-    at = np.arange(y.shape[1])
-    return np.stack([np.interp(at, at[g], row[g]) if g.any() else 0 * at for row, g in zip(y, good)])
+    return _unweighted(torch.from_numpy(np.where(good, y, 0.0)), good).numpy()
 
+# %% ../nbs/26_cli.ipynb #26e100c0
 def located(fields: dict, share: np.ndarray, centre: str | float | None = None) -> tuple[dict, list[str]]:
     "`fields` with all that `load_scan` needs about lengths, the axis, and doubts."
     rest, told, bins = dict(fields), [], share.shape[1]
@@ -212,21 +212,22 @@ def located(fields: dict, share: np.ndarray, centre: str | float | None = None) 
     if not 0 <= rest["centre"] < bins: raise ValueError(f"centre={rest['centre']:g} is not one of the {bins} bins")
     return rest, told
 
+# %% ../nbs/26_cli.ipynb #26e200c0
 def preview(fields: dict) -> plt.Figure:
     "The sinogram, and a quick FBP of it in at most 160² pixels."
     y, bins, size = fields["measurement"], fields["measurement"].shape[1], min(int(fields["size"]), 160)
     y = filled(y, np.ones(y.shape, bool) & fields.get("valid", True))
     step, few = -(-bins // 200), slice(None, None, -(-len(y) // 180))
-    at = fields["centre"] + step * (np.arange(m := bins // step) - (m - 1) / 2)  # where it has the axis in the middle
-    some = [np.interp(at, np.arange(bins), np.convolve(row, np.ones(step) / step, "same")) for row in y[few]]
+    some = y[few, :(m := bins // step) * step].reshape(-1, m, step).mean(-1)  # as many bins as make a picture
     lengths = {key: fields[key] for key in ("source_origin", "origin_detector") if key in fields}
     lengths |= dict(bin_size=fields["bin_size"] * step, pixel_size=fields["pixel_size"] * int(fields["size"]) / size)
-    A = (fan_beam if len(lengths) > 2 else parallel_beam)(np.deg2rad(fields["angles"][few]), (size, size), m, **lengths)
+    lengths["centre"] = (fields["centre"] + 0.5) / step - 0.5
+    A = (fan_beam if len(lengths) > 3 else parallel_beam)(np.deg2rad(fields["angles"][few]), (size, size), m, **lengths)
     fig, axes = plt.subplots(1, 2, figsize=(8, 3.4), layout="constrained")
     show_image(axes[0], y, "sinogram, and the axis")
     axes[0].set(xlabel="bin", ylabel="view", aspect="auto")
     axes[0].axvline(fields["centre"], color="tab:orange", lw=0.8)
-    show_image(axes[1], fbp(A, torch.from_numpy(np.stack(some))), "quick FBP", str(fields.get("unit", "")))
+    show_image(axes[1], fbp(A, torch.from_numpy(some)), "quick FBP", str(fields.get("unit", "")))
     plt.close(fig)
     return fig
 
@@ -241,7 +242,7 @@ def run_import(args: argparse.Namespace) -> None:
     with suppress(TypeError, ValueError): flat = float(flat)
     fields = read_fields(args.file, args.row, angles, flat, args.dark, args.variable)
     given = {key: vars(args)[key] for key in ("geometry", "size", *_LENGTHS) if vars(args)[key] is not None}
-    known = {key: v for key, v in fields.items() if key in (*_FIELDS, *"counts blank flat dark centre valid".split())}
+    known = {key: v for key, v in fields.items() if key in (*_FIELDS, "flat", "dark")}
     scan, share, told = measured(dict(name=args.file.stem) | known | given, args.counts, args.air)
     scan, more = located(scan, share, args.centre)
     if left := sorted(fields.keys() - known.keys()): more.append(f"left out, as not understood: {', '.join(left)}")

@@ -74,6 +74,7 @@ def picture(net: nn.Module, z: Tensor) -> Tensor: # z (1, channels, *image) → 
         raise ValueError(f"net: maps {tuple(z.shape)} to {tuple(x.shape)}; it must keep the shape, as UNet does")
     return x[0, 0]
 
+# %% ../nbs/07_dip.ipynb #07e100c0
 def mean_reading(scan: Scan, projections: Tensor) -> Tensor: # A x (..., *range_shape) → the same
     "The mean of the readings: A x, or blank exp(−A x) for counts of what an object lets through."
     return projections if scan.blank is None else scan.blank * torch.exp(-projections)
@@ -103,6 +104,7 @@ def misfit(predicted: Tensor, y: Tensor, poisson: bool) -> Tensor: # of one shap
     if not poisson: return (predicted - y).square()
     return 2 * (predicted - y + torch.xlogy(y, y) - torch.xlogy(y, torch.where(y == 0, 1.0, predicted)))
 
+# %% ../nbs/07_dip.ipynb #07e200c0
 class Run:
     "A fit under way: all that its future depends on, its history, and the weights to be returned if it ended now."
     def __init__(self, net: nn.Module, learning_rate: float, iterations: int, seed: int = 0):

@@ -424,6 +424,7 @@ def _opened(path: str | Path, variable: str | None = None) -> Iterator[dict]:
         if isinstance(e, ValueError) and str(path) in words: raise
         raise ValueError(f"{path} cannot be read as {what}: {words}; copy or download it again") from e
 
+# %% ../nbs/00_files.ipynb #00e100c0
 def read_numbers(path: str | Path) -> np.ndarray:
     "The numbers (n,) of a .npy or text file, in which # begins a comment; ValueError for what is none."
     try:

@@ -79,15 +79,15 @@ class ImageOnly:
         "What may be wrong with this result, in words: `doubts` of the scan, then those of the fit."
         fit = self.fit_rms_over_noise or 0.0
         left = seen_and_unseen(self.recon.scan, self.recon.image)[0]**0.5
-        scatter = difference_noise(self.recon.scan.measurement)
+        beyond = left / (difference_noise(self.recon.scan.measurement) or math.inf)
         found = {f"the fit misses the rays that it saw by {fit:.2f} times noise_std; is the fit unfinished, noise_std "
                  "too small, a bin dead?" + " What it leaves is taken for noise" * (fit > BELIEVED):
                  fit > 1.25 and (self.scan.poisson or self.recon.scan.noise_std is not None),
                  "noise_std is 0, but no measurement is exact; what the fit leaves is taken for noise":
                  self.scan.level == 0,
-                 f"the fit misses the rays that it saw by {left / scatter:.1f} times as neighbouring bins scatter; is "
+                 f"the fit misses the rays that it saw by {beyond:.1f} times as neighbouring bins scatter; is "
                  "it unfinished, the geometry wrong, a bin dead? What it leaves is taken for noise":
-                 self.recon.scan.level is None and not self.scan.poisson and left > 2 * scatter > 0}
+                 self.recon.scan.level is None and not self.scan.poisson and beyond > 2}
         scan = replace(self.scan, held_out=self.recon.scan.held_out)
         return doubts(scan) + [doubt for doubt, told in found.items() if told]
 

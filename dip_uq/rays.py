@@ -265,8 +265,9 @@ def fan_beam(
 
 
 def _ray_transform(geometry, shape):
-    if len(_check_shape("shape", shape)) != 2: raise ValueError(f"shape={shape!r}: expected (H, W), such as (128, 128)")
-    shape, half = _check_shape("shape", shape), max(shape) * geometry.pixel_size / 2
+    if len(shape := _check_shape("shape", shape)) != 2:
+        raise ValueError(f"shape={shape!r}: expected (H, W), such as (128, 128)")
+    half = max(shape) * geometry.pixel_size / 2
     if geometry.fan and min(geometry.source_origin, geometry.origin_detector) < half:
         raise ValueError(f"source_origin={geometry.source_origin} and origin_detector={geometry.origin_detector} must "
                          f"be at least half the image's side, {half:.6g}: are all lengths in one unit?")
@@ -336,7 +337,7 @@ def _twice(g):
     rise = ((np.abs(g.offsets * g.shrink) - short) / soft + 1).clip(0, 1)
     return (.5 + side * np.sign(g.offsets) * np.sin(np.pi / 2 * rise)**2 / 2)[None]
 
-
+# %% ../nbs/03_rays.ipynb #cea100c0
 def _unweighted(y, weights):
     "Readings divided by their weights; those without any are filled in, linearly between their neighbours of a view."
     if weights is None: return y
@@ -350,7 +351,7 @@ def _unweighted(y, weights):
     return torch.lerp(y.gather(-1, left), y.gather(-1, right), torch.as_tensor(share).to(y))
 
 
-def _level(y, g):
+def _upright(y, g):
     "Projections of a tilted detector as an upright one, linear between bins, would have read them."
     if not (g.tilt and g.fan): return y
     far = g.source_origin + g.origin_detector
@@ -377,7 +378,7 @@ def _symmetric(g, y):
     y = torch.cat([beyond(0).flip(-1), y, beyond(-1)], -1)
     return replace(g, bins=g.bins + sum(more), centre=g.centre + more[0]), y
 
-
+# %% ../nbs/03_rays.ipynb #cea200c0
 def _ramp(y, spacing, window):
     "Every projection of `y`, convolved with the band-limited ramp."
     size = 2 ** math.ceil(math.log2(2 * y.shape[-1]))  # room for the filter on both sides
@@ -422,7 +423,7 @@ def fbp(
     shares, way, arc = _angle_shares(g.angles, 2 * np.pi if around else np.pi)
     counts = _counts(g, way, arc)
     if g.fan: counts = counts * g.source_origin / np.hypot(g.source_origin, g.offsets * g.shrink)
-    g, long = _symmetric(g, _level(_unweighted(y, A.weights), g) * torch.as_tensor(counts).to(y))
+    g, long = _symmetric(g, _upright(_unweighted(y, A.weights), g) * torch.as_tensor(counts).to(y))
     filtered = _ramp(long, g.bin_size * g.shrink, window)[..., (k := (long.shape[-1] - g.bins) // 2):k + g.bins]
     return sum(share * _smear(filtered[..., k, :], g, angle, A.domain_shape)
                for k, (angle, share) in enumerate(zip(g.angles, shares)))

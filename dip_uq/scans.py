@@ -340,6 +340,7 @@ def doubts(scan: Scan) -> list[str]:
              if scan.directions.max() else "projections along other lines are needed"): scan.twins > 0}
     return told + [question for question, asked in found.items() if asked]
 
+# %% ../nbs/05_scans.ipynb #05e100c0
 def limited(A: LinearOperator) -> bool:
     "Is there a wedge, of 30° or more and 3½ times as wide as usual gaps, that no projection looks along?"
     if not isinstance(A, RayTransform): return False
@@ -356,6 +357,7 @@ def in_the_other_unit(angles: np.ndarray) -> bool: # radians
     whole = span[0] > 6.3 and np.array_equal(angles, np.round(angles))
     return whole or turns(span, 180.0) or turns(np.rad2deg(span), np.pi)
 
+# %% ../nbs/05_scans.ipynb #05e200c0
 def should_be_zero(A: RayTransform) -> tuple[torch.Tensor, torch.Tensor]: # both (projections, bins), bool
     "The outermost bins, of 16 or more, which look past most objects; the rays that miss the image, but only just."
     hit = torch.from_numpy(np.diff(A.matrix.indptr) > 0).view(A.range_shape)

@@ -206,6 +206,13 @@ def test_an_image_alone_leaves_no_bars_of_another_scan(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"result.safetensors", "summary.json", "image.tif", "report.png"}
 
 
+def test_flat_readings_of_unknown_noise_can_be_doubted(recwarn):
+    "Second differences of what is the same everywhere are zero, and nothing is divided by them."
+    A = beam(24, 24)
+    flat_readings = Scan(torch.ones(A.range_shape), A)
+    assert isinstance(solve_image(flat_readings, UNet(2, 4), iterations=3, progress=False).doubts, list)
+
+
 def test_tiffs_know_the_pixel_size(scan, tmp_path):
     solve_image(replace(scan, pixel_size=0.25), UNet(2, 4), iterations=3, progress=False).save(tmp_path)
     with tifffile.TiffFile(tmp_path / "image.tif") as tif:
