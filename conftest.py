@@ -18,8 +18,7 @@ from execnb.shell import CaptureShell
 from IPython.core.interactiveshell import InteractiveShell
 from nbdev.config import get_config
 
-import dip_uq.scans  # noqa: F401  (which adds to READERS)
-from dip_uq.files import READERS
+from dip_uq.formats import READERS
 from tools.execute import tidy
 
 multiprocessing.set_forkserver_preload(["dip_uq.cli"])  # so that processes which tests start need not import it

@@ -469,7 +469,7 @@ def test_bad_files(npz, tmp_path):
     (tmp_path / "scan.csv").write_bytes(npz.read_bytes())
     np.save(tmp_path / "array.npy", np.ones(3))
     (tmp_path / "array.npy").rename(tmp_path / "array.npz")
-    messages = {"none.npz": "is not a file", "": "is not a file", "empty.npz": "is empty (0 bytes)",
+    messages = {"none.npz": "is not a file", "": "there are no TIFF files", "empty.npz": "is empty (0 bytes)",
                 "text.npz": "is no .npz archive", "pickle.npz": "is no .npz archive", "array.npz": "is no .npz archive",
                 "scan.csv": "ends in '.csv'; use .npz, or .mat of HTC 2022"}
     for name, message in messages.items():

@@ -7,13 +7,15 @@ import mrcfile
 import numpy as np
 import pytest
 import tifffile
+import torch
 from scipy.io import savemat
 
 from dip_uq.cli import main
+from dip_uq.corrections import air_offset, find_centre, line_integrals, transmission, valid_readings
 from dip_uq.data import ellipses, walnut
+from dip_uq.formats import READERS, read_fields
 from dip_uq.rays import parallel_beam
-from dip_uq.scans import (READERS, air_offset, find_centre, line_integrals, load_scan, read_fields, transmission,
-                          valid_readings)
+from dip_uq.scans import load_scan
 
 MEASURED = Path(os.environ.get("DIP_UQ_DATA", "none")) / "measured"
 needs_measured = pytest.mark.skipif(not MEASURED.is_dir(), reason="set DIP_UQ_DATA to a folder with measured/")
@@ -268,7 +270,7 @@ def test_units_of_angles(unit, factor, tmp_path):
 def test_bad_angles(tmp_path):
     path, _ = stack(tmp_path)
     (tmp_path / "words.txt").write_text("zero one two")
-    for angles, words in {None: "this has no angles; give a file or the first and the last", "names": "no pictures are named after their angles",
+    for angles, words in {None: "this has no angles; give them, in degrees, as a file", "names": "no pictures are named after their angles",
                           str(tmp_path / "words.txt"): "is no file of numbers", str(tmp_path / "none"): "is not a file",
                           range(16): "its axes are swapped, transpose it"}.items():
         with pytest.raises(ValueError) as error: read_fields(path, angles=angles)
@@ -391,6 +393,11 @@ def test_import(write, tmp_path, capsys):
     assert not fields.keys() & {"counts", "flat", "dark", "blank", "comment"}
     assert fields["measurement"].shape == (VIEWS, BINS) and np.isfinite(fields["measurement"]).all()
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["out.npz", "out.png"]
+    if write is htc: return  # whose angles, size and bins have other defaults
+    with pytest.warns(UserWarning, match="air|outermost"): scan = load_scan(path, centre=7.25, degrees=how[1:] or None)
+    written = load_scan(tmp_path / "new" / "out.npz")
+    assert torch.equal(scan.measurement, written.measurement)
+    assert repr(scan.operator.geometry) == repr(written.operator.geometry)
 
 def test_import_of_photons(tmp_path, capsys):
     y, degrees, exact = scanned(walnut, 60, 180, 41.7, 100, 0, 2)
@@ -403,7 +410,7 @@ def test_import_of_photons(tmp_path, capsys):
     code, out, err = imported(capsys, tmp_path / "s.tif", "--angles", tmp_path / "a.txt", "--flat", tmp_path / "f.tif", "--counts",
                               "--bin-size", 0.5, "--size", 50, "--out", tmp_path / "out.npz")
     assert (code, err) == (0, "")
-    for words in "of photons", "counts and 20 flats", "60 of 6000", "bins [60] are dead or hot": assert words in out
+    for words in "of photons", "counts, with 20 flat frames", "60 of 6000", "bins [60] are dead or hot": assert words in out
     with np.load(tmp_path / "out.npz") as f:
         assert abs(f["centre"] - exact) < 0.1 and f["pixel_size"] == 1 and f["size"] == 50
         assert np.flatnonzero(~f["valid"].any(0)).tolist() == [60]
@@ -417,16 +424,31 @@ def test_import_of_photons(tmp_path, capsys):
 @needs_measured
 def test_import_of_the_tooth(tmp_path, capsys):
     code, out, err = imported(capsys, MEASURED / "tooth.h5", "--row", 0, "--out", tmp_path / "tooth.npz")
-    assert (code, err) == (0, "") and "counts and 10 flats and 10 darks" in out and "nothing is known about lengths" in out
+    assert (code, err) == (0, "") and "counts, with 10 flat and 10 dark frames" in out and "nothing is known about lengths" in out
     with np.load(tmp_path / "tooth.npz") as f: assert abs(f["centre"] - 295.75) < 0.25
+    with pytest.warns(UserWarning, match=r"the axis is at bin 295\.8. ± 0\.\d+, as the readings say"):
+        scan = load_scan(MEASURED / "tooth.h5", angles=60, size=256)
+    assert scan.measurement.shape == (60, 320) and scan.operator.geometry.centre == pytest.approx(295.75 / 2 - 0.25, abs=0.13)
+
+def test_reconstruct_takes_what_a_scanner_wrote(tmp_path, capsys):
+    "As far as nothing has to be said about it; what was guessed is told."
+    stack(tmp_path)
+    assert main(["reconstruct", str(tmp_path / "scan.tif"), "--out", str(tmp_path / "out")]) == 2
+    assert "this has no angles; give them, in degrees" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    path, _ = exchange(tmp_path)
+    small = "--image-only --iterations 3 --channels 8 --scales 2 --quiet".split()
+    assert main(["reconstruct", str(path), *small, "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().err
+    assert "scan.h5: readings are counts, with 3 flat and 2 dark frames; " in said and "the axis is at bin" in said
+    assert (tmp_path / "out" / "summary.json").exists()
 
 @pytest.mark.parametrize("argv, words", [
     (("missing.h5",), "missing.h5 is not a file"), (("scan.tif",), "this has no angles"),
     (("scan.tif", "--angles", "0", "165", "--row", "7"), "row=7 is out of range"),
     (("scan.tif", "--angles", "0", "x"), "could not convert string to float: 'x'; give a file, the first and the last, or names"),
-    (("scan.tif", "--angles", "0", "165", "--counts"), "give it as --flat"),
-    (("scan.tif", "--angles", "0", "165", "--dark", "scan.tif"), "give it as --flat"),
-    (("scan.tif", "--angles", "0", "165", "--geometry", "fan"), "a fan beam needs --bin-size and --origin-detector and"),
+    (("scan.tif", "--angles", "0", "165", "--counts"), "give it as flat"),
+    (("scan.tif", "--angles", "0", "165", "--dark", "scan.tif"), "give it as flat"),
+    (("scan.tif", "--angles", "0", "165", "--geometry", "fan"), "a fan beam needs bin_size and origin_detector and"),
     (("scan.tif", "--angles", "0", "165", "--bin-size", "-1"), "bin_size=-1 is out of range"),
     (("scan.tif", "--angles", "0", "165", "--centre", "400"), "centre=400 is not one of the 16 bins"),
     (("scan.tif", "--angles", "0", "165", "--size", "0"), "size=0 is out of range"),
