@@ -471,7 +471,7 @@ def test_bad_files(npz, tmp_path):
     (tmp_path / "array.npy").rename(tmp_path / "array.npz")
     messages = {"none.npz": "is not a file", "": "there are no TIFF files", "empty.npz": "is empty (0 bytes)",
                 "text.npz": "is no .npz archive", "pickle.npz": "is no .npz archive", "array.npz": "is no .npz archive",
-                "scan.csv": "ends in '.csv'; use .npz, or .mat of HTC 2022"}
+                "scan.csv": "ends in '.csv'; use one of folder, .tif"}
     for name, message in messages.items():
         with pytest.raises(ValueError) as error: load_scan(tmp_path / name)
         assert message in str(error.value) and name in str(error.value)
