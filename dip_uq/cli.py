@@ -43,7 +43,7 @@ from .pipeline import ImageOnly, headline, solve, solve_image
 from .plotting import Unfailing, show_image, tell
 from .pretraining import FINE, PHANTOMS, Pretrained, fan_scanner, fan_scanners, pretrain
 from .rays import fan_beam, fbp, parallel_beam
-from .scans import _LENGTHS, doubts, import_fields, load_scan
+from .scans import _LENGTHS, ROOM, cramped, doubts, import_fields, load_scan, widened
 
 # %% ../nbs/28_cli.ipynb #707aafdd
 def demo_scan(size: int = 96, angles: int = 30, noise: float = 0.05, seed: int = 0) -> Scan:
@@ -228,6 +228,9 @@ def run_solve(args: argparse.Namespace) -> tuple[ImageOnly, list[str]]: # and th
             warnings.simplefilter("always")
             scan = load_scan(args.scan, args.angles, args.size, args.bins)
         for note in notes: tell(f"dip-uq: {note.message}")
+        if scan.truth is None and cramped(scan):
+            tell(f"dip-uq: projections seem to be truncated, so the image is {ROOM} times as wide as the field of view")
+            scan = widened(scan)
     if len(scan.measurement) < 2: raise ValueError("1 projection: 2 or more are needed, since some are held out")
     for question in (asked := doubts(scan)): tell(f"dip-uq: {question}")
     net = UNet(args.scales, args.channels) if pretrained is None else pretrained.net

@@ -12,10 +12,11 @@ from scipy.io import savemat
 
 from dip_uq.cli import main
 from dip_uq.corrections import air_offset, find_centre, line_integrals, transmission, valid_readings
-from dip_uq.data import ellipses, walnut
+from dip_uq.data import Scan, ellipses, walnut
 from dip_uq.formats import READERS, read_fields
+from dip_uq.operators import MatrixOperator
 from dip_uq.rays import parallel_beam
-from dip_uq.scans import load_scan
+from dip_uq.scans import cramped, doubts, load_scan, save_scan, widened
 
 MEASURED = Path(os.environ.get("DIP_UQ_DATA", "none")) / "measured"
 needs_measured = pytest.mark.skipif(not MEASURED.is_dir(), reason="set DIP_UQ_DATA to a folder with measured/")
@@ -441,6 +442,36 @@ def test_reconstruct_takes_what_a_scanner_wrote(tmp_path, capsys):
     said = capsys.readouterr().err
     assert "scan.h5: readings are counts, with 3 flat and 2 dark frames; " in said and "the axis is at bin" in said
     assert (tmp_path / "out" / "summary.json").exists()
+
+def test_truncated_projections_get_room(tmp_path, capsys):
+    "1.5 times the field of view: by default for a scanner's files, for our own layout on the command line."
+    degrees = np.arange(24) * 7.5
+    A = parallel_beam(np.deg2rad(degrees), (48, 48), 32)
+    np.save(tmp_path / "cut.npy", y := A(walnut(48)).numpy())
+    with pytest.warns(UserWarning, match="projections seem to be truncated, and the image is 1.5 times as wide"):
+        scan = load_scan(tmp_path / "cut.npy", degrees=degrees, centre=15.5)
+    assert scan.operator.domain_shape == (48, 48) and scan.pixel_size == 1 and not cramped(scan)
+    assert any("in the field of view only" in doubt for doubt in doubts(scan))
+    own = Scan(torch.from_numpy(y), parallel_beam(A.angles, (32, 32), 32), noise_std=torch.full((24, 32), 0.1))
+    assert cramped(own) and any("widened(scan) gives the image room" in doubt for doubt in doubts(own))
+    wide = widened(own)
+    assert torch.equal(wide.operator(walnut(48)), A(walnut(48))) and torch.equal(wide.white.measurement, own.white.measurement)
+    save_scan(own, tmp_path / "own.npz")
+    small = "--image-only --iterations 3 --channels 8 --scales 2 --quiet".split()
+    assert main(["reconstruct", str(tmp_path / "own.npz"), *small, "--out", str(tmp_path / "out")]) == 0
+    assert "truncated, so the image is 1.5 times as wide" in capsys.readouterr().err
+    assert tifffile.imread(tmp_path / "out" / "image.tif").shape == (48, 48)
+    with pytest.raises(TypeError, match="is a MatrixOperator, not a RayTransform"):
+        widened(Scan(torch.ones(4, 4), MatrixOperator(torch.eye(16), (4, 4), (4, 4))))
+
+def test_a_detector_that_sees_one_half_needs_no_room_but_its_image_does(tmp_path):
+    "The axis near an end, a full turn: the object is in front of one end of the detector in every view."
+    degrees, image = np.arange(36) * 10, walnut(48)
+    y = parallel_beam(np.deg2rad(degrees), (48, 48), 30, centre=4.)(image).numpy()
+    np.save(tmp_path / "half.npy", y)
+    with pytest.warns(UserWarning) as told: scan = load_scan(tmp_path / "half.npy", degrees=degrees, centre=4.0)
+    assert "truncated" not in str(told[0].message) and scan.operator.domain_shape == (51, 51)
+    assert not any("outermost" in doubt for doubt in doubts(scan))
 
 @pytest.mark.parametrize("argv, words", [
     (("missing.h5",), "missing.h5 is not a file"), (("scan.tif",), "this has no angles"),
