@@ -116,6 +116,8 @@ def measured(fields: dict,  # of `read_fields`
         light, beam = (counts, np.asarray(blank, float)) if flat is None else transmission(counts, flat, dark)
         y, _, good = line_integrals(light, beam)
         share = 1 - np.where(np.isfinite(light), light, 0) / np.where(beam > 0, beam, 1)
+        if not photons and np.median(light) < 100 and (counts == np.round(counts)).all():
+            told.append("counts are so few that logarithms are biased; counts=True takes them for photons")
         if photons: # they are kept as such: of few photons the logarithm is biased, of none there is no logarithm
             good = np.isfinite(light) & (light >= 0) & (beam > 0)
             rest |= dict(counts=np.where(good, light, 0), blank=beam)

@@ -188,8 +188,10 @@ def load_scan(path: str | Path,  # .npz in the documented layout, htc2022_…_fu
     be `counts`, with the `blank` that is counted without an object: a number, or for each bin or reading.
     """
     kind = "folder" if (path := as_path("path", path)).is_dir() else _open(path).suffix.lower()
-    if kind == ".npz" and not reading: return _scan_from(_fields_of(path), str(path), angles, size, bins)
-    if kind == ".mat" and not reading and "source_origin" in _fields_of(path):
+    stored = _fields_of(path) if kind in (".npz", ".mat") and not reading else {}
+    if kind == ".npz" and {"size", "bin_size"} & stored.keys(): # our layout; foreign files say less
+        return _scan_from(stored, str(path), angles, size, bins)
+    if kind == ".mat" and "source_origin" in stored:
         given: dict[str, Any] = dict(angles=angles, size=size, bins=bins)
         return load_htc2022(path, **{key: value for key, value in given.items() if value is not None})
     fields, told = import_fields(path, **reading)

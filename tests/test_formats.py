@@ -462,7 +462,7 @@ def test_truncated_projections_get_room(tmp_path, capsys):
     assert "truncated, so the image is 1.5 times as wide" in capsys.readouterr().err
     assert tifffile.imread(tmp_path / "out" / "image.tif").shape == (48, 48)
     with pytest.raises(TypeError, match="is a MatrixOperator, not a RayTransform"):
-        widened(Scan(torch.ones(4, 4), MatrixOperator(torch.eye(16), (4, 4), (4, 4))))
+        widened(Scan(torch.ones(4, 4), MatrixOperator(np.eye(16), (4, 4), (4, 4))))
 
 def test_a_detector_that_sees_one_half_needs_no_room_but_its_image_does(tmp_path):
     "The axis near an end, a full turn: the object is in front of one end of the detector in every view."
