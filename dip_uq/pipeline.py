@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from importlib.util import find_spec
 from pathlib import Path
 from textwrap import fill
 from time import perf_counter
@@ -33,6 +34,7 @@ from .data import Scan, _whole, difference_noise, seen_and_unseen
 from .dip import Reconstruction, check_arguments, gaussian, psnr, reconstruct
 from .evidence import fit_evidence, fitted_noise
 from .files import State, save_tensors, stage, what_ran, write_by, write_whole
+from .formats import write_nexus
 from .linearization import Linearization, check_network, convolutions, with_gradients
 from .networks import UNet, seeded
 from .plotting import sections, show_image, small_text, tell
@@ -132,7 +134,8 @@ class ImageOnly:
         return fig
 
     def save(self, folder: str | Path, progress: bool = False) -> None: # True: bars where it takes long
-        """Write to `folder` result.safetensors (image), summary.json, and for other programs image.tif and report.png.
+        """Write to `folder` result.safetensors (image), summary.json, and for other programs image.tif, report.png and, if
+        h5py is installed, result.nxs (NeXus).
 
         Error bars of an earlier result are removed. Each file appears whole or not at all, the picture last; one that
         cannot be drawn is a warning.
@@ -142,7 +145,7 @@ class ImageOnly:
         self.save_report(Path(folder))
 
     def save_figures(self, folder: Path) -> None:
-        "Tensors, summary and TIFF files."
+        "Tensors, summary, TIFF and NeXus files."
         summary = self.summary()
         save_tensors(folder / "result.safetensors", self.tensors, summary)
         write_whole(folder / "summary.json", json.dumps(summary, indent=2).encode())
@@ -151,6 +154,8 @@ class ImageOnly:
         for name in {"image", "std"} & self.tensors.keys():
             grey = partial(tifffile.imwrite, data=self.tensors[name].cpu().numpy(), photometric="minisblack", **scale)
             write_by(folder / f"{name}.tif", grey)
+        image, std = (self.tensors[name].cpu().numpy() if name in self.tensors else None for name in ("image", "std"))
+        if find_spec("h5py"): write_nexus(folder / "result.nxs", image, std, side, self.scan.unit, self.scan.name)
 
     def save_report(self, folder: Path) -> None:
         "The picture."
@@ -229,7 +234,8 @@ class Solution(ImageOnly):
 
     def save(self, folder: str | Path, progress: bool = False) -> None: # True: bars where it takes long
         """Write to `folder` posterior.safetensors (see `Posterior.load`), result.safetensors (image, std, raw_std),
-        summary.json, and for other programs image.tif, std.tif, samples.npz (16 posterior images) and report.png.
+        summary.json, and for other programs image.tif, std.tif, samples.npz (16 posterior images), report.png and, if
+        h5py is installed, result.nxs (NeXus: image and its errors).
 
         Each file appears whole or not at all, the picture last; one that cannot be drawn is a warning.
         """

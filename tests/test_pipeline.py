@@ -17,7 +17,7 @@ from dip_uq.posterior import Posterior
 from dip_uq.rays import fan_beam, parallel_beam
 from dip_uq.scans import doubts, load_htc2022, noise_excess
 
-FILES = {"posterior.safetensors", "result.safetensors", "summary.json", "image.tif", "std.tif", "samples.npz", "report.png"}
+FILES = {"posterior.safetensors", "result.safetensors", "summary.json", "image.tif", "std.tif", "samples.npz", "report.png", "result.nxs"}
 
 
 def random(*shape): return torch.rand(*shape, generator=torch.Generator().manual_seed(0))
@@ -203,7 +203,7 @@ def test_an_image_alone_leaves_no_bars_of_another_scan(tmp_path):
     options = dict(net=UNet(2, 4), iterations=20, progress=False)
     solve(scan, **options).save(tmp_path)
     solve_image(scan, **options).save(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"result.safetensors", "summary.json", "image.tif", "report.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"result.safetensors", "summary.json", "image.tif", "report.png", "result.nxs"}
 
 
 def test_flat_readings_of_unknown_noise_can_be_doubted(recwarn):
