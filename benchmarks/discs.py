@@ -33,7 +33,8 @@ from dip_uq.linearization import FREE
 from dip_uq.networks import UNet
 from dip_uq.pipeline import solve
 from dip_uq.posterior import Posterior
-from dip_uq.rays import fan_beam, fbp, field_of_view
+from dip_uq.fbp import fbp
+from dip_uq.rays import fan_beam, field_of_view
 from dip_uq.scans import load_htc2022
 
 SIZE, BINS = 64, 70

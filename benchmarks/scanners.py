@@ -23,9 +23,10 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from dip_uq.calibration import coverage, z_std
 from dip_uq.dip import gaussian, psnr
+from dip_uq.fbp import fbp
 from dip_uq.networks import UNet
 from dip_uq.pipeline import solve
-from dip_uq.rays import fbp, field_of_view
+from dip_uq.rays import field_of_view
 from dip_uq.scans import load_scan
 
 FOLDER = Path(os.environ.get("DIP_UQ_DATA", "")) / "measured"

@@ -22,7 +22,8 @@ from skimage.transform import downscale_local_mean, iradon
 from dip_uq.data import Scan, simulate
 from dip_uq.operators import (LinearOperator, MatrixOperator, adjoint_error, as_operator, blur, cgls, downsample, fourier,
                               mask)
-from dip_uq.rays import _angle_shares, _counts, fan_beam, fbp, parallel_beam, ray_matrix
+from dip_uq.fbp import _angle_shares, _counts, fbp
+from dip_uq.rays import fan_beam, parallel_beam, ray_matrix
 
 coordinate = st.floats(-8, 8, allow_nan=False) | st.integers(-8, 8).map(float) | st.sampled_from([1e-12, -1e-12, 0.])
 sizes = st.floats(.25, 3) | st.just(1.)
