@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BELIEVED', 'ImageOnly', 'Solution', 'check_bars', 'linear_model', 'too_long', 'check_fit', 'fitted', 'solve_image',
-           'solve', 'draw_images', 'page', 'draw_report', 'draw_honesty', 'headline']
+           'solve', 'draw_images', 'outline', 'page', 'draw_report', 'draw_honesty', 'headline']
 
 # %% ../nbs/26_pipeline.ipynb #30acd72a
 import json
@@ -354,12 +354,18 @@ def draw_images(axes: Sequence[plt.Axes], s: ImageOnly) -> None: # four axes
     for ax, title, x in zip(axes, titles, (truth, s.fbp, image)):
         if x is None: ax.set_axis_off()
         else: show_image(ax, sections(x.cpu()), title, unit, float(shown.min()), float(shown.max()))
+        if x is not None: outline(ax, s)
     alike = gaussian(s.scan, s.image) # of counts: how far off they are, relative to what is expected
     residual = ((alike.operator(s.image) - alike.measurement) * (1 if alike.valid is None else alike.valid)).cpu()
     if residual.ndim != 2: return axes[3].set_axis_off()
     show_image(axes[3], residual, "residual Ax − y", "measurement", cmap="gray")
     axes[3].set(aspect="auto", box_aspect=1, xlabel="bin", ylabel="projection")
     small_text(axes[3])
+
+def outline(ax: plt.Axes, s: ImageOnly) -> None:
+    "The rim of the field of view, where the image reaches far beyond it."
+    inside = s.judged.cpu().numpy()
+    if inside.ndim == 2 and 0 < inside.mean() < 0.6: ax.contour(inside, [0.5], colors="tab:orange", linewidths=0.8)
 
 def page(rows: int, s: ImageOnly) -> tuple[Figure, np.ndarray]: # axes (rows, 4)
     "A page of `rows` rows, with the figures and doubts of `s` on top."
@@ -375,6 +381,7 @@ def draw_report(s: Solution) -> Figure:
     unit, truth, std = s.scan.unit or "a.u.", s.scan.truth, s.std.cpu()
     draw_images([*axes[0, :3], axes[1, 0]], s)
     show_image(axes[0, 3], sections(std), "standard deviation", unit, 0, float(std.max()), "magma")
+    outline(axes[0, 3], s)
     if truth is not None:
         error, seen = (s.image - truth).abs().cpu(), s.judged
         show_image(axes[1, 1], sections(error), "|error|", unit, 0, float(std.max()), cmap="magma")
