@@ -122,6 +122,9 @@ def circular(g: Rays) -> Geometry | None:
     if isinstance(g, Geometry): return g
     (start, middle, step), angles = g.vectors(), g.angles
     r = np.stack([-np.sin(angles), np.cos(angles)], 1)
+    if not g.fan:  # lines go both ways: the way for which bins go from left to right
+        way = np.sign(_cross(step, r))
+        r, angles = way[:, None] * r, angles + np.pi * (way < 0)
     along = -_cross(middle, r) / _cross(step, r)  # steps from the middle to where the central ray meets the detector
     far, tilt = ((middle + along[:, None] * step) * r).sum(1), np.arctan2((step * r).sum(1), _cross(step, r)).mean()
     size, lengths = np.linalg.norm(step, axis=1).mean(), (np.linalg.norm(start, axis=1).mean(), far.mean())
