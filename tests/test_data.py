@@ -417,12 +417,14 @@ def jittering(count, bins, shape, pixel_size, fan, rays=1, seed=0):
     rng, angles = np.random.default_rng(seed), np.arange(count) / 3
     distances = (70., 20.) if fan else ()
     source, detector, step = Geometry(angles, bins, 1.2, 1., *distances).vectors()
-    source, detector, step = (v + size * rng.standard_normal(v.shape) for v, size in ((source, .1), (detector, 1), (step, .1)))
+    moved = ((source, .1), (detector, 1), (step, .1))
+    source, detector, step = (v + size * rng.standard_normal(v.shape) for v, size in moved)
     return vector_beam(source, detector, step, shape, bins, pixel_size, fan, rays)
 
 
 @settings(max_examples=20, deadline=None)
-@given(fan=st.booleans(), count=st.integers(2, 9), bins=st.integers(1, 9), shape=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+@given(fan=st.booleans(), count=st.integers(2, 9), bins=st.integers(1, 9),
+       shape=st.tuples(st.integers(1, 9), st.integers(1, 9)),
        pixel_size=st.floats(0.3, 2) | st.tuples(st.floats(0.3, 2), st.floats(0.3, 2)), rays=st.integers(1, 3))
 def test_round_trip_of_views_by_themselves(tmp_path_factory, fan, count, bins, shape, pixel_size, rays):
     operator, path = jittering(count, bins, shape, pixel_size, fan, rays), tmp_path_factory.mktemp("trip") / "scan.npz"
@@ -434,10 +436,13 @@ def test_round_trip_of_views_by_themselves(tmp_path_factory, fan, count, bins, s
 
 
 BAD_VIEWS = dict(
-    no_detector=(dict(detector=None), "has no 'detector'"), short=(dict(step=np.ones((11, 2))), "step has shape (11, 2), but (12, 2)"),
+    no_detector=(dict(detector=None), "has no 'detector'"),
+    short=(dict(step=np.ones((11, 2))), "step has shape (11, 2), but (12, 2)"),
     turned=(dict(step=np.ones((2, 12))), "step has shape (2, 12), but (12, 2) is needed: its axes are swapped"),
-    nan=(dict(source=np.full((12, 2), np.nan)), "source has 24 NaN"), text=(dict(source=np.full((12, 2), "a")), "must hold numbers"),
-    zero=(dict(step=np.zeros((12, 2))), "step=[0. 0.] and source="), inside=(dict(source=np.zeros((12, 2))), "source of view 0 is inside"),
+    nan=(dict(source=np.full((12, 2), np.nan)), "source has 24 NaN"),
+    text=(dict(source=np.full((12, 2), "a")), "must hold numbers"),
+    zero=(dict(step=np.zeros((12, 2))), "step=[0. 0.] and source="),
+    inside=(dict(source=np.zeros((12, 2))), "source of view 0 is inside"),
     angles=(dict(angles=np.arange(12)), "angles and source, detector, step both say"),
     geometry=(dict(geometry="cone"), "geometry='cone' must be"), bins=(dict(measurement=np.ones(12)), "(views, bins) are needed"))
 
@@ -473,7 +478,8 @@ def test_files_of_views_are_no_business_of_import(tmp_path):
         import_fields(tmp_path / "scan.npz")
 
 
-@pytest.mark.parametrize("beam", [partial(parallel_beam, bin_size=1.5), partial(fan_beam, bin_size=2., source_origin=90., origin_detector=60.)])
+@pytest.mark.parametrize("beam", [partial(parallel_beam, bin_size=1.5),
+                                  partial(fan_beam, bin_size=2., source_origin=90., origin_detector=60.)])
 def test_the_axis_is_kept_to_a_fraction_of_a_bin(beam, tmp_path):
     "A shift by less than half a bin used to be lost."
     operator = beam(np.arange(9) / 3, (16, 16), 24, centre=11.8)
@@ -497,9 +503,9 @@ BAD_NPZ = {f"no {key}": ({key: None}, f"has no {key!r}") for key in REQUIRED} | 
     pixel_sizes=(dict(pixel_size=[1., 1., 1.]), "pixel_size has shape (3,), but () is needed"),
     flat_pixels=(dict(pixel_size=[1., 0.]), "pixel_size=0 is out of range"),
     sizes=(dict(size=[16, 16, 16]), "size=[16, 16, 16]: give one number, or rows and columns"),
-    oblong=(dict(size=[8, 16], truth=np.zeros((16, 8))), "truth has shape (16, 8), but (8, 16) is needed: its axes are swapped"),
-    step_alone=(dict(step=np.ones((12, 2)), angles=None, bin_size=None, source_origin=None, origin_detector=None, centre=None),
-                "has no 'source'"),
+    oblong=(dict(size=[8, 16], truth=np.zeros((16, 8))), "truth has shape (16, 8), but (8, 16) is needed: its axes"),
+    step_alone=(dict(step=np.ones((12, 2)), angles=None, bin_size=None, source_origin=None, origin_detector=None,
+                     centre=None), "has no 'source'"),
     both=(dict(source=np.ones((12, 2)), centre=None),
           "angles, bin_size, origin_detector, source_origin and source, detector, step both say"),
     rays=(dict(rays_per_bin=0), "rays_per_bin=0 is out of range: choose 1 or more"),

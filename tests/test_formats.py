@@ -478,7 +478,7 @@ def cone_rays(g, heights):
 
 @pytest.mark.parametrize("middle", [4, 3.5, 4.3])
 def test_the_midplane_of_a_cone_is_a_fan(middle):
-    "Of an object that is the same at all heights, rays that climb by a row are longer by 1/5000; `middle` is the row of the plane."
+    "Of an object that is the same at all heights, rays that climb by a row are longer by 1/5000."
     A = fan_beam(np.arange(7) * 0.9, (16, 16), 24, 1.3, 60., 40.)
     x = np.random.default_rng(0).random((16, 16))
     cone = ray_matrix(*cone_rays(A.geometry, 2. * (np.arange(9) - middle)), (10, 16, 16))
@@ -507,7 +507,8 @@ def chords(starts, ends, centre, radius):
 
 
 @pytest.mark.parametrize("views, row, message", [
-    (np.ones((3, 4)), None, "views: shape (3, 4), not (views, rows, bins)"), (np.ones((3, 4, 5)), 3.1, "row=3.1: give one number from 0 to 3"),
+    (np.ones((3, 4)), None, "views: shape (3, 4), not (views, rows, bins)"),
+    (np.ones((3, 4, 5)), 3.1, "row=3.1: give one number from 0 to 3"),
     (np.ones((3, 4, 5)), -1, "row=-1"), (np.ones((3, 4, 5)), [1, 2], "or 3 of them, one for each view"),
     (np.ones((3, 4, 5)), np.nan, "row=nan"), (np.ones((3, 4, 5)) * 1j, None, "must hold real numbers"),
     (np.ones((0, 4, 5)), None, "shape (0, 4, 5)")])
