@@ -74,6 +74,12 @@ def _positive(name: str, value: float, zero: bool = False) -> float:
         raise ValueError(f"{name}={number:g} is out of range: it must be {'zero or more' if zero else 'positive'}")
     return number
 
+def _sides(name: str, value: Any, dim: int = 2) -> float | tuple[float, ...]:
+    "One number above zero for all sides of a pixel, or one for each of `dim` where these are not all the same."
+    if np.size(value) != dim or dim == 1: return _positive(name, value)
+    sides = tuple(_positive(name, side) for side in np.ravel(value))
+    return sides if len({*sides}) > 1 else sides[0]
+
 # %% ../nbs/05_data.ipynb #75fad9fc
 def _grid(size: int, points: int = 3) -> Sequence[np.ndarray]:
     "Coordinates x (to the right) and y (upwards) in [−1, 1] of `points`² points in each of size² pixels."
@@ -81,9 +87,10 @@ def _grid(size: int, points: int = 3) -> Sequence[np.ndarray]:
     c = (2 * np.arange(n) + 1) / n - 1
     return np.meshgrid(c, -c)
 
-def _pixels(image: ArrayLike, size: int) -> torch.Tensor:
-    "Mean of `image` over each of size² equal squares, whole or fractional pixels alike, as float32."
-    return torch.from_numpy(resize_local_mean(np.asarray(image, np.float64), (size, size)).astype(np.float32))
+def _pixels(image: ArrayLike, size: int | tuple) -> torch.Tensor:
+    "Mean of `image` over equal squares, size² or (rows, columns), of whole or fractional pixels, as float32."
+    shape = tuple(np.broadcast_to(size, 2))
+    return torch.from_numpy(resize_local_mean(np.asarray(image, np.float64), shape).astype(np.float32))
 
 def shepp_logan(size: int  # pixels along each side
                ) -> torch.Tensor:  # (size, size), in [0, 1]
@@ -164,7 +171,7 @@ class Scan:
     truth: torch.Tensor | None = None  # the image itself, of the operator's domain_shape; for scores only
     noise_std: float | torch.Tensor | None = None  # of its noise; also of each reading or bin; None where unknown
     held_out: tuple[int, ...] = ()  # projections (positions along the first axis) kept from fitting
-    pixel_size: float | None = None  # side of a pixel in mm
+    pixel_size: float | tuple[float, ...] | None = None  # side of a pixel, or (height, width), in mm
     unit: str = ""  # of image values, such as "1/mm"
     name: str = "scan"  # for titles and file names
     poisson: bool = False  # the readings are counts of mean A x; `noise_std` is then None
@@ -183,7 +190,8 @@ class Scan:
         if self.blank is not None:
             put("blank", _each("blank", self.blank, self.measurement))
             put("poisson", True)
-        if self.pixel_size is not None: put("pixel_size", _positive("pixel_size", self.pixel_size))
+        if self.pixel_size is not None:
+            put("pixel_size", _sides("pixel_size", self.pixel_size, len(self.operator.domain_shape)))
         for field in "unit", "name":
             if not isinstance(value := getattr(self, field), str): raise TypeError(f"{field}={value!r}: pass a string")
             put(field, value.encode("utf-8", "replace").decode())  # names of files may hold what no picture can show
@@ -302,16 +310,6 @@ def _spread(times: np.ndarray, n: int) -> tuple[int, ...]:
         share = {*range(i * count // n, (i + 1) * count // n), middle} - {*chosen}
         chosen.append(min(share, key=lambda k: (times[k], abs(k - middle))))
     return tuple(chosen)
-
-def _thinned(which: np.ndarray, n: int) -> np.ndarray:
-    "Positions of `n` projections, evenly spread over directions `which`; none twice before each was taken once."
-    order = np.argsort(which, kind="stable")
-    turn = np.arange(len(which)) - np.searchsorted(which[order], which[order])  # 0: the first of its direction
-    turns, chosen = [order[turn == k] for k in range(turn.max() + 1)], []
-    for some in turns:
-        m = min(n - len(chosen), len(some))
-        chosen += some[np.arange(m) * len(some) // max(m, 1)].tolist()
-    return np.sort(chosen)
 
 def _drawn(count: int, n: int) -> tuple[int, ...]:
     "`n` of `count` positions, one drawn from each equal share; always the same ones."

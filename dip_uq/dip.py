@@ -29,7 +29,7 @@ from .files import digest, keep_tensors, kept_tensors, load_tensors, named, save
 from .networks import NETWORKS, UNet, fresh, optimizer_tensors, restore_optimizer, seeded
 from .operators import blur, cgls
 from .plotting import bar, show_image
-from .fbp import fbp
+from .fbp import fbp, has_fbp
 
 # %% ../nbs/10_dip.ipynb #bf7fd3c4
 def total_variation(image: Tensor) -> Tensor: # image (H, W) or (D, H, W) → ()
@@ -48,6 +48,8 @@ def first_guess(scan: Scan, # only the readings that may be fitted are used
                ) -> tuple[Tensor, float]:
     """The network's input z (1, channels, *image), about 1 in size, and the scale: image units for a unit of output.
 
+    Where the operator has no filtered back-projection (`has_fbp`), "fbp" starts as "cgls" does.
+
     Raises ValueError where nothing was measured, or where `start` is no name and no image of the scan's shape.
     """
     fitted = scan.training.logged
@@ -61,7 +63,7 @@ def first_guess(scan: Scan, # only the readings that may be fitted are used
         return torch.rand(1, channels, *rough.shape, generator=torch.Generator().manual_seed(seed),
                           dtype=torch.float32).to(rough), scale
     if start == "smooth": rough = blur(rough.shape, 4.0)(rough)
-    if start == "fbp": rough = fbp(A, y, "hann")
+    if start == "fbp" and has_fbp(A): rough = fbp(A, y, "hann")
     return (rough / scale)[None, None], scale
 
 STARTS = "noise", "cgls", "smooth", "fbp"

@@ -39,8 +39,8 @@ from .linearization import Linearization, check_network, convolutions, with_grad
 from .networks import UNet, seeded
 from .plotting import sections, show_image, small_text, tell
 from .posterior import Posterior
-from .fbp import fbp
-from .rays import RayTransform, field_of_view
+from .fbp import fbp, has_fbp
+from .rays import field_of_view
 from .scans import doubts, limited, noise_excess
 from .scores import draw_calibration, draw_error_against_std
 
@@ -66,9 +66,9 @@ class ImageOnly:
 
     @property
     def fbp(self) -> Tensor | None: # (H, W)
-        "Filtered back-projection (Hann window) of all projections, where the operator is a ray transform."
+        "Filtered back-projection (Hann window) of all projections, where the operator has one: see `has_fbp`."
         scan = self.scan.logged.white
-        return fbp(scan.operator, scan.measurement, "hann") if isinstance(scan.operator, RayTransform) else None
+        return fbp(scan.operator, scan.measurement, "hann") if has_fbp(scan.operator) else None
 
     @cached_property
     def fit_rms_over_noise(self) -> float | None:
@@ -150,8 +150,10 @@ class ImageOnly:
         summary = self.summary()
         save_tensors(folder / "result.safetensors", self.tensors, summary)
         write_whole(folder / "summary.json", json.dumps(summary, indent=2).encode())
-        side = self.scan.pixel_size # mm, so that there are 10 / side pixels to a centimetre
-        scale: dict[str, Any] = dict(resolution=(10 / side, 10 / side), resolutionunit="CENTIMETER") if side else {}
+        scale: dict[str, Any] = {}
+        if side := self.scan.pixel_size: # mm, so that there are 10 / side pixels to a centimetre, along x and y
+            across = (10 / np.broadcast_to(side, self.image.ndim)[:-3:-1]).tolist()
+            scale = dict(resolution=across, resolutionunit="CENTIMETER")
         for name in {"image", "std"} & self.tensors.keys():
             grey = partial(tifffile.imwrite, data=self.tensors[name].cpu().numpy(), photometric="minisblack", **scale)
             write_by(folder / f"{name}.tif", grey)

@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from difflib import get_close_matches
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +22,16 @@ import torch
 from numpy.typing import ArrayLike
 
 from .corrections import dead_bins, filled, find_centre, measured
-from .data import (Scan, _pixels, _positive, _real, _thinned, _whole, difference_noise, largest_noise,
+from .data import (Scan, _pixels, _positive, _real, _sides, _whole, difference_noise, largest_noise,
                          negative_range)
 from .fbp import _unweighted
 from .files import as_path, write_by
 from .formats import READERS, _fields_of, _open, read_fields
 from .operators import LinearOperator
-from .rays import Geometry, RayTransform, _ray_transform, fan_beam, parallel_beam
+from .rays import Geometry, Rays, RayTransform, Views, _ray_transform, _thinned, pixel_sides
 
 # %% ../nbs/08_scans.ipynb #35cf857d
-def save_scan(scan: Scan,  # of a `parallel_beam` or `fan_beam` with a square image
+def save_scan(scan: Scan,  # of a `parallel_beam`, `fan_beam` or `vector_beam`
               path: str | Path,  # ends in .npz
              ) -> None:
     "Write the documented .npz layout, which `load_scan` reads, whole or not at all."
@@ -40,17 +39,18 @@ def save_scan(scan: Scan,  # of a `parallel_beam` or `fan_beam` with a square im
         raise ValueError(f"scan.operator is a {type(scan.operator).__name__}, but only a RayTransform fits into .npz")
     if scan.poisson and scan.blank is None:
         raise ValueError("scan.poisson: the .npz layout holds line integrals, or counts with a blank, not emissions")
-    height, width = scan.operator.domain_shape
-    if height != width: raise ValueError(f"the image is {height} × {width}; only square ones fit into .npz")
     if as_path("path", path).suffix != ".npz": raise ValueError(f"path={str(path)!r} must end in .npz")
-    g = scan.operator.geometry
+    g, shape = scan.operator.geometry, scan.operator.domain_shape
     reading = "measurement" if scan.blank is None else "counts"
     tensors = {reading: scan.measurement, "truth": scan.truth, "noise_std": scan.noise_std, "valid": scan.valid,
                "blank": scan.blank}
-    fields = dict(angles=np.rad2deg(g.angles), bin_size=g.bin_size, centre=g.centre if g.lopsided else None,
-                  geometry="parallel" if g.source_origin is None else "fan", pixel_size=g.pixel_size, size=height,
-                  source_origin=g.source_origin, origin_detector=g.origin_detector, rays_per_bin=g.rays_per_bin,
-                  unit=scan.unit, name=scan.name, held_out=np.array(scan.held_out, int))
+    fields: dict[str, Any] = dict(geometry="fan" if g.fan else "parallel", pixel_size=g.pixel_size,
+                                  rays_per_bin=g.rays_per_bin, size=shape[0] if len({*shape}) == 1 else shape,
+                                  unit=scan.unit, name=scan.name, held_out=np.array(scan.held_out, int))
+    if isinstance(g, Geometry) and not g.tilt:
+        fields |= dict(angles=np.rad2deg(g.angles), bin_size=g.bin_size, centre=g.centre,
+                       source_origin=g.source_origin, origin_detector=g.origin_detector)
+    else: fields |= dict(zip(_VECTORS, g.vectors()))
     fields |= {key: value.numpy(force=True) if torch.is_tensor(value) else value for key, value in tensors.items()}
     known = {key: value for key, value in fields.items() if value is not None}
     write_by(path, lambda f: np.savez_compressed(f, **known))
@@ -63,8 +63,9 @@ def _check_known(fields: Mapping, where: str) -> None:
         raise ValueError(f"{where}: unknown field {key!r}{''.join(near)}; rename it or leave it out. The fields are "
                          f"{', '.join(_FIELDS)}")
 
-_FIELDS = ("measurement", "counts", "blank", "angles", "geometry", "bin_size", "pixel_size", "size", "source_origin",
-           "origin_detector", "centre", "rays_per_bin", "truth", "noise_std", "valid", "held_out", "unit", "name")
+_CIRCLE, _VECTORS = ("angles", "bin_size", "centre", "source_origin", "origin_detector"), ("source", "detector", "step")
+_FIELDS = ("measurement", "counts", "blank", "geometry", *_CIRCLE, *_VECTORS, "pixel_size", "size", "rays_per_bin",
+           "truth", "noise_std", "valid", "held_out", "unit", "name")
 
 def _field(fields: Mapping, key: str, where: str) -> Any:
     if not isinstance(fields, Mapping) or key not in fields:
@@ -72,53 +73,80 @@ def _field(fields: Mapping, key: str, where: str) -> Any:
     return fields[key]
 
 # %% ../nbs/08_scans.ipynb #1dfa6c39
-_BEAMS = {"parallel": (parallel_beam, ()), "fan": (fan_beam, ("source_origin", "origin_detector"))}
-
 def _scan_from(fields: Mapping, where: str, angles: int | None = None, size: int | None = None,
                bins: int | None = None) -> Scan:
     "The scan that `fields` (see `load_scan`) describe, thinned out to `angles`, `bins` and `size`."
     _check_known(fields, where)
-    number = partial(_number, fields, where)
     counts = "counts" in fields
     if counts and ("blank" not in fields or "measurement" in fields):
         raise ValueError(f"{where}: counts need a blank, what is counted without an object, and no measurement")
-    y = _field(fields, "counts" if counts else "measurement", where)
-    y, degrees = _sinogram(y, _field(fields, "angles", where), where)
-    few, radians = _whole("angles", len(y) if angles is None else angles, 1, len(y)), np.deg2rad(degrees)
-    beam, distances = _beam(str(_field(fields, "geometry", where)), where)
-    if odd := {"source_origin", "origin_detector"} & {*fields} - {*distances}:
-        raise ValueError(f"{where}: {', '.join(sorted(odd))} is for geometry='fan', but geometry is 'parallel'; change "
-                         "one of the two")
-    lengths: dict[str, Any] = {key: number(key) for key in ("pixel_size", "bin_size", *distances)}
-    centre = _centre(fields, y.shape[1], where)
-    index = _thinned(Geometry(radians, y.shape[1], **lengths, centre=centre).directions, few)
+    y = _real(f"{where}: measurement", _field(fields, "counts" if counts else "measurement", where))
+    scanner = (_views if {*_VECTORS} & fields.keys() else _circle)(fields, y, where)
+    index = _thinned(scanner.directions, _whole("angles", len(y) if angles is None else angles, 1, len(y)))
     each = _each_reading(fields, y, where)
     _, group = _bin(y, bins, where)
     y, each = _grouped(y[index], {key: value[index] for key, value in each.items()}, group)
-    full = _whole(f"{where}: size", _field(fields, "size", where))
-    size = _whole("size", full if size is None else size, 1, full)
-    lengths |= dict(pixel_size=lengths["pixel_size"] * (full / size), bin_size=lengths["bin_size"] * group)
-    rays = group * _whole(f"{where}: rays_per_bin", fields.get("rays_per_bin", 1))
+    full = _size(_field(fields, "size", where), where)
+    size = _whole("size", max(full) if size is None else size, 1, max(full))
+    shape = tuple(max(1, round(n * size / max(full))) for n in full)
+    sides = pixel_sides(scanner.pixel_size) * (np.array(full) / shape)
     truth, noise_std = fields.get("truth"), fields.get("noise_std")
     if noise_std is not None and "noise_std" not in each:
         each["noise_std"] = _positive(f"{where}: noise_std", noise_std, zero=True) / group**0.5
-    if truth is not None: truth = _pixels(_real(f"{where}: truth", truth, (full, full)), size)
+    if truth is not None: truth = _pixels(_real(f"{where}: truth", truth, full), shape)
     held_out, unit, name = (fields.get(*item) for item in (("held_out", ()), ("unit", ""), ("name", Path(where).stem)))
     try:
-        operator = beam(radians[index], (size, size), y.shape[1], **lengths, rays_per_bin=rays,
-                        centre=None if centre is None else (centre + 0.5) / group - 0.5)
-        pixel_size, held_out = lengths["pixel_size"], () if angles else held_out
-        return Scan(y, operator, truth, held_out=held_out, pixel_size=pixel_size, unit=str(unit), name=str(name),
-                    **each)
+        operator = _ray_transform(_coarser(scanner.part(index), group, _sides("pixel_size", sides)), shape)
+        return Scan(y, operator, truth, held_out=() if angles else held_out, pixel_size=operator.geometry.pixel_size,
+                    unit=str(unit), name=str(name), **each)
     except (TypeError, ValueError) as error: raise ValueError(f"{where}: {error}") from error
 
 # %% ../nbs/08_scans.ipynb #a5e357ab
-def _number(fields: Mapping, where: str, key: str, zero: bool = False) -> float:
-    return _positive(f"{where}: {key}", _field(fields, key, where), zero)
+def _circle(fields: Mapping, y: torch.Tensor, where: str) -> Geometry:
+    "The scanner that turns about the image's centre by `angles`."
+    y, degrees = _sinogram(y, _field(fields, "angles", where), where)
+    distances = ("source_origin", "origin_detector") if _fan(fields, where) else ()
+    if odd := {"source_origin", "origin_detector"} & {*fields} - {*distances}:
+        raise ValueError(f"{where}: {', '.join(sorted(odd))} is for geometry='fan', but geometry is 'parallel'; change "
+                         "one of the two")
+    lengths: dict[str, Any] = {key: _positive(f"{where}: {key}", _field(fields, key, where))
+                               for key in ("bin_size", *distances)}
+    return Geometry(np.deg2rad(degrees), y.shape[1], **lengths, **_same(fields, where),
+                    centre=_centre(fields, y.shape[1], where))
 
-def _beam(geometry: str, where: str) -> tuple:
-    if geometry not in _BEAMS: raise ValueError(f"{where}: geometry={geometry!r} must be 'parallel' or 'fan'")
-    return _BEAMS[geometry]
+def _views(fields: Mapping, y: torch.Tensor, where: str) -> Views:
+    "Any scanner, each view of which has its own `source`, `detector` and `step`."
+    if odd := {*_CIRCLE} & fields.keys():
+        raise ValueError(f"{where}: {', '.join(sorted(odd))} and {', '.join(_VECTORS)} both say where the rays are; "
+                         "leave out one of the two")
+    vectors: dict[str, Any] = {key: _field(fields, key, where) for key in _VECTORS}
+    for key, v in vectors.items(): vectors[key] = _real(f"{where}: {key}", v, (len(y), 2), torch.float64).numpy()
+    if y.ndim != 2: raise ValueError(f"{where}: measurement has shape {tuple(y.shape)}: (views, bins) are needed")
+    try: return Views(**vectors, bins=y.shape[1], fan=_fan(fields, where), **_same(fields, where))
+    except ValueError as error: raise ValueError(f"{where}: {error}") from error
+
+def _fan(fields: Mapping, where: str) -> bool:
+    geometry = str(_field(fields, "geometry", where))
+    if geometry in ("parallel", "fan"): return geometry == "fan"
+    raise ValueError(f"{where}: geometry={geometry!r} must be 'parallel' or 'fan'")
+
+def _same(fields: Mapping, where: str) -> dict[str, Any]:
+    "What is said of every scanner in the same way."
+    return dict(pixel_size=_sides(f"{where}: pixel_size", _field(fields, "pixel_size", where)),
+                rays_per_bin=_whole(f"{where}: rays_per_bin", fields.get("rays_per_bin", 1)))
+
+def _coarser(scanner: Geometry | Views, group: int, pixel_size: Any) -> Geometry | Views:
+    "The same with `group` neighbouring bins as one, whose rays it keeps, and other pixels."
+    same: dict[str, Any] = dict(bins=scanner.bins // group, rays_per_bin=group * scanner.rays_per_bin,
+                                pixel_size=pixel_size)
+    if isinstance(scanner, Views): return replace(scanner, step=scanner.step * group, **same)
+    return replace(scanner, bin_size=scanner.bin_size * group, centre=(scanner.centre + 0.5) / group - 0.5, **same)
+
+def _size(value: Any, where: str) -> tuple[int, ...]:
+    "Rows and columns of the image, from both or from the one number that both are."
+    sizes = [_whole(f"{where}: size", n) for n in np.ravel(value)]
+    if len(sizes) in (1, 2): return tuple(sizes * 2)[:2]
+    raise ValueError(f"{where}: size={sizes}: give one number, or rows and columns")
 
 def _sinogram(y: ArrayLike, degrees: ArrayLike, where: str) -> tuple[torch.Tensor, np.ndarray]:
     "Projections (angles, bins) and their angles (angles,), if they belong together."
@@ -173,15 +201,17 @@ def _divisors(n: int) -> list[int]: return [d for d in range(1, n + 1) if n % d 
 # %% ../nbs/08_scans.ipynb #e8ff0a96
 def load_scan(path: str | Path,  # .npz in the documented layout, htc2022_…_full.mat, or a scanner's files
               angles: int | None = None,  # projections to use, evenly spread; None: all, or 30 of HTC 2022
-              size: int | None = None,  # pixels along each side of the image; None: as stored, or 128 of HTC 2022
+              size: int | None = None,  # pixels along the longer side of the image; None: as stored, 128 of HTC 2022
               bins: int | None = None,  # a divisor of the stored number; None: all (.npz), or as many as fit the size
               **reading: Any,  # how to read a scanner's files, such as degrees=(0, 180): see `import_fields`
              ) -> Scan:
     """Read a scan from a file; raises ValueError or TypeError, with file and field, for everything malformed.
 
-    Layout of .npz: `measurement` (angles, bins), line integrals, `angles` in degrees, `geometry` "parallel" or "fan",
-    `bin_size`, `pixel_size`, `size`; for "fan" also `source_origin` and `origin_detector`; optional
-    `rays_per_bin`, `truth` (size, size), `noise_std`, `held_out`, `unit`, `name`; no others. Where bins are
+    Layout of .npz: `measurement` (views, bins), line integrals, `angles` in degrees, `geometry` "parallel" or "fan",
+    `bin_size`, `pixel_size` and `size` (numbers, or two for height and width); for "fan" also `source_origin` and
+    `origin_detector`; optional `rays_per_bin`, `truth`, `noise_std`, `held_out`, `unit`, `name`; no others.
+    In place of angles, bin_size and distances, each view may have its `source` (of "parallel": the way of its rays),
+    `detector` (the place of its middle) and `step` (from bin to bin), all (views, 2), see `vector_beam`. Where bins are
     averaged, so are the operator's rays, and `noise_std` is divided by the square root of their number; `held_out`
     counts the stored projections, so it is left out when `angles` is given. These are evenly spread by direction, and
     repeats among them only where there are no other directions. `centre` is the bin, from 0, of the rotation axis;
@@ -286,7 +316,7 @@ def doubts(scan: Scan) -> list[str]:
     saturated = bool(edge <= 0.1 and mean > 0 and not scan.poisson and most.sum() > 0.01 * y.numel()
                      and (y > 0.9 * y.max()).sum() < 2 * most.sum())
     usual = "the logarithm −log(I/I₀)" if edge > 1 else "a background correction"
-    arc, confused = np.ptp(A.angles), in_the_other_unit(A.angles)
+    arc, confused = np.ptp(A.angles), isinstance(g, Geometry) and in_the_other_unit(A.angles)
     found = {f"the angles go over {np.rad2deg(arc):.4g}°, or {arc:.4g} radians; are they in the other of these units?":
              confused,
              f"no projection looks along a wedge of {gap:.0f}°; what lies along it is guessed; error bars there are "
@@ -329,12 +359,12 @@ def in_the_other_unit(angles: np.ndarray) -> bool: # radians
     return whole or turns(span, 180.0) or turns(np.rad2deg(span), np.pi)
 
 # %% ../nbs/08_scans.ipynb #05e200c0
-def outermost(g: Geometry) -> list[int]:
+def outermost(g: Rays) -> list[int]:
     "Bins that look past most objects: both ends, of half a detector that turns all round one, of under 16 bins none."
     if g.bins < 16: return []
     places = np.sort(g.angles % (2 * np.pi))
     all_round = np.diff(places, append=places[0] + 2 * np.pi).max() < np.pi / 2
-    return [-int(g.sides.argmax())] if g.lopsided and all_round else [0, -1]
+    return [-int(g.sides.argmax())] if all_round and isinstance(g, Geometry) and g.lopsided else [0, -1]
 
 def just_missing(A: RayTransform) -> torch.Tensor: # (projections, bins), bool
     "The rays that miss the image, but only just."
@@ -350,9 +380,9 @@ def complete(scan: Scan) -> torch.Tensor: # (projections, bins), float64
 
 def breadth(A: RayTransform) -> float:
     "The field of view that the detector has over the width of the image."
-    return float(2 * A.geometry.sides.max() / (A.geometry.pixel_size * max(A.domain_shape)))
+    return float(2 * A.geometry.reach / max(A.domain_shape * pixel_sides(A.geometry.pixel_size)))
 
-def truncation(g: Geometry, y: torch.Tensor) -> float:
+def truncation(g: Rays, y: torch.Tensor) -> float:
     "What the outermost bins of (projections, bins) read beyond noise, over the mean: if much, they are truncated."
     rays, mean = torch.zeros(y.shape, dtype=torch.bool), float(y.mean())
     rays[:, outermost(g)] = True

@@ -36,8 +36,8 @@ from .plotting import show_image, small_text
 from .posterior import Posterior
 from .priors import FilterPrior, network_blocks
 from .scores import draw_error_against_std
-from .fbp import fbp
-from .rays import RayTransform, field_of_view
+from .fbp import fbp, has_fbp
+from .rays import field_of_view
 
 # %% ../nbs/28_widgets.ipynb #ec3478d6
 class Explorer(VBox):
@@ -162,7 +162,7 @@ def draw_reconstruction(recon: Reconstruction) -> Figure:
     scan, truth = recon.scan, true_image(recon.scan)
     low, high = float(truth.min()), float(truth.max())
     images = {"truth": truth, "DIP": recon.image.cpu()}
-    if isinstance(scan.operator, RayTransform): images["FBP"] = fbp(scan.operator, scan.measurement, "hann").cpu()
+    if has_fbp(scan.operator): images["FBP"] = fbp(scan.operator, scan.measurement, "hann").cpu()
     fig, axes = panels(len(images) + 1)
     for ax, (name, x) in zip(axes, images.items()):
         score = "" if x is truth else f", {psnr(x, truth):.1f} dB"

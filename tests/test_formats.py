@@ -13,9 +13,9 @@ from scipy.io import savemat
 from dip_uq.cli import main
 from dip_uq.corrections import air_offset, find_centre, line_integrals, transmission, valid_readings
 from dip_uq.data import Scan, ellipses, walnut
-from dip_uq.formats import READERS, read_fields
+from dip_uq.formats import READERS, midplane, read_fields
 from dip_uq.operators import MatrixOperator
-from dip_uq.rays import parallel_beam
+from dip_uq.rays import fan_beam, parallel_beam, ray_matrix
 from dip_uq.scans import cramped, doubts, load_scan, save_scan, widened
 
 MEASURED = Path(os.environ.get("DIP_UQ_DATA", "none")) / "measured"
@@ -496,3 +496,53 @@ def test_import_writes_npz_only(tmp_path, capsys):
     assert "argument --centre: invalid auto_or_bin value: 'left'" in capsys.readouterr().err
     code, _, err = imported(capsys, tmp_path / "scan.tif", "--angles", 0, 165, "--out", tmp_path / "out.h5")
     assert code == 2 and "must end in .npz" in err
+
+
+# A fan beam out of a cone beam
+
+def cone_rays(g, heights):
+    "Those of a circular cone beam, (views, rows, bins, 3): of `g` in the plane of the source, other rows at `heights`."
+    starts, ends = (np.repeat(p[:, None], len(heights), 1) for p in g.rays(0.))
+    high = np.broadcast_to(np.asarray(heights, float)[:, None], starts.shape[:-1])
+    return np.stack([*np.moveaxis(starts, -1, 0), 0 * high], -1), np.stack([*np.moveaxis(ends, -1, 0), high], -1)
+
+
+@pytest.mark.parametrize("middle", [4, 3.5, 4.3])
+def test_the_midplane_of_a_cone_is_a_fan(middle):
+    "Of an object that is the same at all heights, rays that climb by a row are longer by 1/5000."
+    A = fan_beam(np.arange(7) * 0.9, (16, 16), 24, 1.3, 60., 40.)
+    x = np.random.default_rng(0).random((16, 16))
+    cone = ray_matrix(*cone_rays(A.geometry, 2. * (np.arange(9) - middle)), (10, 16, 16))
+    views = (cone @ np.repeat(x[None], 10, 0).ravel()).reshape(7, 9, 24)
+    plane = A(torch.tensor(x)).numpy()
+    assert np.abs(midplane(views, middle) - plane).max() < 1e-4 * plane.max()
+    assert np.abs(midplane(views, np.full(7, middle)) - midplane(views, middle)).max() == 0
+    if middle == 4: assert np.array_equal(midplane(views), views[:, 4])
+
+
+def test_the_midplane_follows_a_detector_that_moves():
+    "The row of the plane differs from view to view; a ball beside the axis, by its chords."
+    g = fan_beam(np.arange(24) * np.pi / 12, (16, 16), 60, 1.2, 100., 60.).geometry
+    rows, plane = np.random.default_rng(0).uniform(8, 12, 24), chords(*g.rays(0.), [5., 3.], 9.)
+    views = np.stack([chords(*(p[k] for p in cone_rays(g, 0.5 * (np.arange(21) - row))), [5., 3., 0.], 9.)
+                      for k, row in enumerate(rows)])
+    def off(found): return np.abs(found - plane).mean() / plane.mean()
+    assert off(midplane(views, rows)) < 4e-4
+    assert min(off(midplane(views)), off(midplane(views, rows.mean()))) > 5 * off(midplane(views, rows))
+
+def chords(starts, ends, centre, radius):
+    "The length of rays in a ball, or in a disc."
+    way = (ends - starts) / np.linalg.norm(ends - starts, axis=-1, keepdims=True)
+    along = ((centre - starts) * way).sum(-1, keepdims=True)
+    return 2 * np.sqrt((radius**2 - ((centre - starts - along * way)**2).sum(-1)).clip(0))
+
+
+@pytest.mark.parametrize("views, row, message", [
+    (np.ones((3, 4)), None, "views: shape (3, 4), not (views, rows, bins)"),
+    (np.ones((3, 4, 5)), 3.1, "row=3.1: give one number from 0 to 3"),
+    (np.ones((3, 4, 5)), -1, "row=-1"), (np.ones((3, 4, 5)), [1, 2], "or 3 of them, one for each view"),
+    (np.ones((3, 4, 5)), np.nan, "row=nan"), (np.ones((3, 4, 5)) * 1j, None, "must hold real numbers"),
+    (np.ones((0, 4, 5)), None, "shape (0, 4, 5)")])
+def test_no_midplane(views, row, message):
+    with pytest.raises(ValueError) as error: midplane(views, row)
+    assert message in str(error.value)

@@ -22,8 +22,8 @@ from skimage.transform import downscale_local_mean, iradon
 from dip_uq.data import Scan, simulate
 from dip_uq.operators import (LinearOperator, MatrixOperator, adjoint_error, as_operator, blur, cgls, downsample, fourier,
                               mask)
-from dip_uq.fbp import _angle_shares, _counts, fbp
-from dip_uq.rays import fan_beam, parallel_beam, ray_matrix
+from dip_uq.fbp import _angle_shares, _counts, circular, fbp, has_fbp
+from dip_uq.rays import fan_beam, parallel_beam, ray_matrix, vector_beam
 
 coordinate = st.floats(-8, 8, allow_nan=False) | st.integers(-8, 8).map(float) | st.sampled_from([1e-12, -1e-12, 0.])
 sizes = st.floats(.25, 3) | st.just(1.)
@@ -101,6 +101,18 @@ def astra_matrix(geometry, shape, kernel="line"):
 def frobenius(matrix): return float(np.sqrt((matrix.data**2).sum()))
 
 
+def check_against_exact_lengths(A, theirs, limit):
+    "The matrices differ by `limit` of their norm at most, and where they differ most ours is exact."
+    difference = (A.matrix - theirs).tocsr()
+    assert frobenius(difference) < limit * frobenius(A.matrix)
+    starts, ends = (p.reshape(-1, 2) for p in A.geometry.rays(np.hypot(*A.domain_shape) * A.geometry.pixel_size))
+    worst = np.argsort(np.asarray(difference.power(2).sum(1)).ravel())[::-1][:5]
+    for ray in worst:
+        ours = A.matrix[[ray]].toarray().reshape(A.domain_shape)
+        exact = exact_row(starts[ray], ends[ray], A.domain_shape, A.geometry.pixel_size)
+        assert np.abs(ours - exact).max() < 1e-10  # float64 rounding of t, times the ray's length
+
+
 ANGLES = np.sort(np.random.default_rng(0).uniform(0, 2 * np.pi, 30))
 SCANS = {
     "parallel 60x47": (parallel_beam(ANGLES, (60, 47), 91, .7), 1e-4),
@@ -117,23 +129,7 @@ def test_astra(name):
     It grows with the image's size and as rays come close to an axis, hence 1e-3 at 128 x 128.
     """
     A, limit = SCANS[name]
-    difference = (A.matrix - astra_matrix(A.geometry, A.domain_shape)).tocsr()
-    assert frobenius(difference) < limit * frobenius(A.matrix)
-    starts, ends = (p.reshape(-1, 2) for p in A.geometry.rays(np.hypot(*A.domain_shape) * A.geometry.pixel_size))
-    worst = np.argsort(np.asarray(difference.power(2).sum(1)).ravel())[::-1][:5]
-    for ray in worst:
-        ours = A.matrix[[ray]].toarray().reshape(A.domain_shape)
-        exact = exact_row(starts[ray], ends[ray], A.domain_shape, A.geometry.pixel_size)
-        assert np.abs(ours - exact).max() < 1e-10  # float64 rounding of t, times the ray's length
-
-
-def astra_vectors(g):
-    "ASTRA's description of any geometry of ours: for each view the source (or the way of the rays), the detector, a bin."
-    starts, ends = g.rays(100.)
-    first, last = ends[:, 0], ends[:, -1]
-    along = (last - first) / (g.bins - 1)
-    way = starts[:, 0] if g.fan else (ends - starts)[:, 0]
-    return np.concatenate([way, (first + last) / 2, along], 1)
+    check_against_exact_lengths(A, astra_matrix(A.geometry, A.domain_shape), limit)
 
 
 AXES = {"parallel": parallel_beam(ANGLES, (60, 47), 91, .7, .6, centre=31.27),
@@ -144,13 +140,153 @@ AXES = {"parallel": parallel_beam(ANGLES, (60, 47), 91, .7, .6, centre=31.27),
 @pytest.mark.parametrize("name", AXES)
 def test_astra_with_the_axis_anywhere(name):
     "By ASTRA's geometries of free vectors, which know of no axis."
-    astra, A = pytest.importorskip("astra"), AXES[name]
-    (h, w), g, half = A.domain_shape, A.geometry, A.geometry.pixel_size / 2
-    kind = "fanflat_vec" if g.fan else "parallel_vec"
-    projector = astra.create_projector("line_fanflat" if g.fan else "line", astra.create_proj_geom(kind, g.bins, astra_vectors(g)),
-                                       astra.create_vol_geom(h, w, -w * half, w * half, -h * half, h * half))
-    theirs = sp.csr_array(astra.matrix.get(astra.projector.matrix(projector)), dtype=float)
-    assert frobenius((A.matrix - theirs).tocsr()) < 3e-4 * frobenius(A.matrix)
+    A = AXES[name]
+    assert frobenius((A.matrix - astra_views(A)).tocsr()) < 3e-4 * frobenius(A.matrix)
+
+
+def anywhere(fan, shape=(60, 47), bins=91, pixel_size=.6, views=30, shift=0., turn=0., seed=0, **more):
+    """Views around the image, each source, detector and step of which is a little elsewhere, and bins of its own width.
+
+    The whole scanner is turned by `turn`, and then shifted.
+    """
+    rng, angles = np.random.default_rng(seed), np.sort(np.random.default_rng(seed).uniform(0, 2 * np.pi, views))
+    u, r = (np.stack([np.cos(angles + k), np.sin(angles + k)], 1) for k in (0, np.pi / 2))
+    source = rng.uniform(.1, 9, (views, 1)) * r
+    if fan: source = -rng.uniform(70, 110, (views, 1)) * r + rng.normal(0, 5, r.shape)
+    detector = rng.uniform(50, 80, (views, 1)) * r + rng.normal(0, 5, r.shape)
+    step = rng.uniform(.7, 1.3, (views, 1)) * u + rng.normal(0, .1, u.shape)
+    turned = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
+    return vector_beam(source @ turned + shift * fan, detector @ turned + shift, step @ turned, shape, bins, pixel_size,
+                       fan, **more)
+
+
+def astra_views(A):
+    "The matrix of ASTRA's line kernel for any views of ours, in square pixels."
+    astra, g, (h, w) = pytest.importorskip("astra"), A.geometry, A.domain_shape
+    half = g.pixel_size / 2
+    projector = astra.create_projector("line_fanflat" if g.fan else "line", astra.create_proj_geom(
+        "fanflat_vec" if g.fan else "parallel_vec", g.bins, np.concatenate(g.vectors(), 1)),
+        astra.create_vol_geom(h, w, -w * half, w * half, -h * half, h * half))
+    return sp.csr_array(astra.matrix.get(astra.projector.matrix(projector)), dtype=float)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("fan", [False, True])
+def test_astra_with_views_by_themselves(fan, seed):
+    A = anywhere(fan, seed=seed)
+    check_against_exact_lengths(A, astra_views(A), 5e-4)
+    assert adjoint_error(A, torch.float64) < 1e-13
+
+
+@pytest.mark.parametrize("fan", [False, True])
+def test_arrows_that_astra_makes_of_its_own_geometries(fan):
+    "ASTRA lets parallel rays go the other way; it is the same scan, and has the same filtered back-projection."
+    astra = pytest.importorskip("astra")
+    A = SCANS["fan 128x128 (HTC)" if fan else "parallel 128x128"][0]
+    g = A.geometry
+    distances = (g.source_origin, g.origin_detector) if fan else ()
+    made = astra.geom_2vec(astra.create_proj_geom("fanflat" if fan else "parallel", g.bin_size, g.bins, g.angles, *distances))
+    V = vector_beam(*made["Vectors"].reshape(-1, 3, 2).swapaxes(0, 1), A.domain_shape, g.bins, g.pixel_size, fan)
+    y = A(torch.rand(A.domain_shape, dtype=torch.float64))
+    assert abs(V.matrix - A.matrix).max() < 1e-6 and np.array_equal(V.geometry.directions, g.directions)
+    assert (fbp(V, y) - fbp(A, y)).abs().max() < 1e-6
+
+
+BEAMS = {name: A for name, (A, _) in SCANS.items()} | AXES | {
+    "rays per bin": fan_beam(ANGLES, (20, 30), 21, 3., 90., 60., rays_per_bin=4)}
+
+@pytest.mark.parametrize("name", BEAMS)
+def test_standard_beams_are_views_too(name):
+    A, g = BEAMS[name], BEAMS[name].geometry
+    V = vector_beam(*g.vectors(), A.domain_shape, g.bins, g.pixel_size, g.fan, g.rays_per_bin)
+    assert abs(V.matrix - A.matrix).max() < 1e-12 and np.array_equal(V.geometry.directions, g.directions)
+    assert abs(V.geometry.reach - g.reach) < 1e-9 and np.abs(np.sin(V.angles - A.angles)).max() < 1e-12
+    assert np.array_equal(V[3:5].geometry.source, V.geometry.source[3:5])
+    assert abs(V[[7, 3]].matrix - A[[7, 3]].matrix).max() < 1e-12
+    found, y = circular(V.geometry), A(torch.rand(A.domain_shape, dtype=torch.float64))
+    for key in "bin_size", "source_origin", "origin_detector", "centre", "tilt":
+        assert getattr(found, key) == pytest.approx(getattr(g, key), abs=1e-9)
+    assert (fbp(V, y) - fbp(A, y)).abs().max() < 1e-9
+
+
+def test_only_circles_have_fbp():
+    "Neither a source that wanders by a twentieth of a bin, nor a detector read the other way round, nor another centre."
+    A = AXES["fan"]
+    source, detector, step = A.geometry.vectors()
+    rng, shape = np.random.default_rng(0), (A.domain_shape, A.geometry.bins, A.geometry.pixel_size)
+    assert has_fbp(vector_beam(source + rng.normal(0, 1e-4, source.shape), detector, step, *shape))
+    for other in ((source + rng.normal(0, .05, source.shape), detector, step), (source, detector, -step),
+                  (source + 1, detector + 1, step), (source * rng.uniform(1, 1.01, (30, 1)), detector, step)):
+        B = vector_beam(*other, *shape)
+        assert not has_fbp(B)
+        with pytest.raises(ValueError, match="use cgls"): fbp(B, torch.zeros(B.range_shape))
+    for fan in (False, True): assert not has_fbp(anywhere(fan))
+    with pytest.raises(ValueError, match="use cgls"): fbp(anywhere(False), torch.zeros(30, 91))
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(st.booleans(), st.integers(0, 10**6), st.floats(-6.3, 6.3), st.floats(-8, 8))
+def test_chords_of_a_disc_from_anywhere_and_object_and_scanner_move_together(fan, seed, turn, shift):
+    "Of a disc made of pixels they are right to a fifth of a pixel in the mean, wherever disc and scanner are moved to."
+    n, centre, radius = 64, np.array([4., -3.]), 17.
+    turned = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
+    sums = []
+    for turn, shift, place in ((0., 0., centre), (turn, shift, centre @ turned + shift)):
+        A = anywhere(fan, (n, n), 91, 1., 8, shift, turn, seed)
+        starts, ends = A.geometry.rays(0.) if fan else A.geometry.rays(1.)
+        way = (ends - starts) / np.linalg.norm(ends - starts, axis=-1, keepdims=True)
+        q = ((place - starts) * way[..., ::-1] * [1, -1]).sum(-1)
+        chord = 2 * np.sqrt((radius**2 - q**2).clip(0))
+        c = (np.arange(n * 4) + .5) / 4 - n / 2
+        fine = (c - place[0])**2 + (-c[:, None] - place[1])**2 < radius**2
+        y = A(torch.tensor(fine.reshape(n, 4, n, 4).mean((1, 3)))).numpy()
+        assert np.abs(y - chord).mean() < .2
+        sums.append((chord, y))
+    assert np.abs(sums[0][0] - sums[1][0]).max() < 1e-6  # the closed form knows no pixels, so it must not move at all
+    assert np.abs(sums[0][1] - sums[1][1]).mean() < .4
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.integers(0, 10**6), st.booleans(), st.integers(1, 9), st.integers(1, 9), sizes, sizes)
+def test_rays_in_oblong_pixels(seed, fan, height, width, down, across):
+    "A row's sum is the length in the rectangle; and pixels of two by one are pairs of square ones."
+    A = anywhere(fan, (height, width), 11, (down, across), 4, seed=seed)
+    rays = [p.reshape(-1, 2) for p in A.geometry.rays(100.)]
+    inside = ray_matrix(*rays, (1, 1), (height * down, width * across)).toarray()[:, 0]
+    assert np.abs(A.matrix.sum(1) - inside).max() < 1e-6
+    tall = anywhere(fan, (height, width), 11, (2 * across, across), 4, seed=seed).matrix.toarray().reshape(-1, height, width)
+    square = anywhere(fan, (2 * height, width), 11, across, 4, seed=seed).matrix.toarray().reshape(-1, height, 2, width)
+    assert np.abs(tall - square.sum(2)).max() < 1e-6
+    assert adjoint_error(A, torch.float64) < 1e-13
+
+
+def test_voxels_may_be_thick():
+    thick = ray_matrix([(-9, -8, -7)], [(8, 9, 7.5)], (3, 4, 5), (2., 1., 1.)).toarray().reshape(3, 4, 5)
+    cubes = ray_matrix([(-9, -8, -7)], [(8, 9, 7.5)], (6, 4, 5)).toarray().reshape(3, 2, 4, 5)
+    assert np.abs(thick - cubes.sum(1)).max() < 1e-9 and thick.sum() > 5
+
+
+BAD_VIEWS = dict(
+    source=(dict(source=[(0., np.nan)]), "source has shape (1, 2): give finite"),
+    flat=(dict(step=[1., 0.]), "step has shape (2,)"),
+    none=(dict(source=np.zeros((0, 2)), detector=np.zeros((0, 2)), step=np.zeros((0, 2))), "source has shape (0, 2)"),
+    three=(dict(source=[(0., 0., -9.)]), "source has shape (1, 3)"),
+    counts=(dict(detector=[(0., 9.)] * 2), "detector has shape (2, 2)"),
+    zero=(dict(step=[(0., 0.)]), "step=[0. 0.]"), line=(dict(source=[(-20., 9.)]), "the source is on the detector's line"),
+    same=(dict(source=[(0., 9.)]), "of view 0"),
+    near=(dict(source=[(0., -3.)]), "the source of view 0 is inside the image, 8 high"),
+    behind=(dict(detector=[(0., 3.)]), "the detector of view 0 is inside"), bins=(dict(bins=0), "bins=0"),
+    rays=(dict(rays_per_bin=0), "rays_per_bin=0"), pixel=(dict(pixel_size=(1., -1.)), "pixel_size=-1.0: give a positive number"),
+    pixels=(dict(pixel_size=(1., 1., 1.)), "pixel_size=(1.0, 1.0, 1.0): give one number, or 2"),
+    still=(dict(fan=False, source=[(0., 0.)]), "source=[0. 0.] of view 0"),
+    along=(dict(fan=False, source=[(-1., 0.)]), "step=[1. 0.]"))
+
+@pytest.mark.parametrize("case", BAD_VIEWS)
+def test_views_that_cannot_be(case):
+    changes, message = BAD_VIEWS[case]
+    with pytest.raises(ValueError) as error:
+        vector_beam(**dict(source=[(0., -9.)], detector=[(0., 9.)], step=[(1., 0.)], shape=(8, 8), bins=9) | changes)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 quarter_scans = st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 12), st.sampled_from([.5, 1., 1.5, 2.]),

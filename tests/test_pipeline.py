@@ -14,7 +14,7 @@ from dip_uq.networks import UNet
 from dip_uq.operators import as_operator, blur, fourier, mask
 from dip_uq.pipeline import solve, solve_image
 from dip_uq.posterior import Posterior
-from dip_uq.rays import fan_beam, parallel_beam
+from dip_uq.rays import Geometry, fan_beam, parallel_beam, vector_beam
 from dip_uq.scans import doubts, load_htc2022, noise_excess
 
 FILES = {"posterior.safetensors", "result.safetensors", "summary.json", "image.tif", "std.tif", "samples.npz", "report.png", "result.nxs"}
@@ -218,6 +218,24 @@ def test_tiffs_know_the_pixel_size(scan, tmp_path):
     with tifffile.TiffFile(tmp_path / "image.tif") as tif:
         tags, across = tif.pages[0].tags, tif.pages[0].tags["XResolution"].value
         assert across[0] / across[1] == 40 and tags["ResolutionUnit"].value == tifffile.RESUNIT.CENTIMETER  # per cm
+
+
+def test_oblong_pixels_and_a_scanner_that_jitters(tmp_path):
+    "No filtered back-projection is shown; all the rest goes its way, in both directions of a file."
+    source, detector, step = Geometry(np.arange(16) * np.pi / 8, 40, 1.6, 1., 60., 40.).vectors()
+    source = source + np.random.default_rng(0).normal(0, 2, source.shape)
+    A = vector_beam(source, detector, step, (12, 20), 40, (2.5, 1.25))
+    scan = simulate(ellipses(20, 3)[4:16], A, 0.02)
+    solution = solve(scan, UNet(2, 4), iterations=30, start="fbp", progress=False)
+    assert solution.fbp is None and solution.summary()["psnr_fbp"] is None and solution.image.shape == (12, 20)
+    solution.save(tmp_path)
+    assert FILES == {file.name for file in tmp_path.iterdir()}
+    with tifffile.TiffFile(tmp_path / "image.tif") as tif:
+        x, y = (tif.pages[0].tags[key].value for key in ("XResolution", "YResolution"))
+        assert (x[0] / x[1], y[0] / y[1]) == (8, 4)  # pixels to a centimetre
+    steady = vector_beam(*Geometry(np.arange(16) * np.pi / 8, 40, 1.6, 1., 60., 40.).vectors(), (12, 20), 40, (2.5, 1.25))
+    shown = solve_image(simulate(scan.truth, steady), UNet(2, 4), iterations=3, progress=False)
+    assert shown.fbp.shape == (12, 20) and shown.summary()["psnr_fbp"] is not None
 
 
 def test_volumes_are_grey(tmp_path):
