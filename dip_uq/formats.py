@@ -342,7 +342,7 @@ def midplane(views: Any, # (views, rows, bins) line integrals of a circular cone
 # %% ../nbs/06_formats.ipynb #f0a1f007
 def write_nexus(path: str | Path, image: np.ndarray, # (..., H, W)
                 std: np.ndarray | None = None, # of the same shape
-                pixel_size: float | tuple[float, ...] | None = None, # or its sides, as axes go; None: lengths are pixels
+                pixel_size: float | tuple[float, ...] | None = None, # or its sides; None: lengths are in pixels
                 unit: str = "", # of the values, such as "1/mm"; then lengths are in mm
                 name: str = "", # of the scan
                ) -> None:

@@ -19,9 +19,10 @@ from skimage.transform import resize_local_mean
 
 import dip_uq.scans as scans
 from dip_uq.data import Scan, ellipses, gaussian_noise, poisson_noise, rectangles, shepp_logan, simulate, walnut
+from dip_uq.doubts import doubts, in_the_other_unit, limited
 from dip_uq.operators import MatrixOperator, as_operator, mask
 from dip_uq.rays import Geometry, RayTransform, Views, _thinned, fan_beam, parallel_beam, vector_beam
-from dip_uq.scans import doubts, import_fields, limited, load_htc2022, load_scan, save_scan
+from dip_uq.scans import import_fields, load_htc2022, load_scan, save_scan
 
 HTC = Path(os.environ.get("DIP_UQ_DATA", "none")) / "htc2022"
 needs_htc = pytest.mark.skipif(not HTC.is_dir(), reason="set DIP_UQ_DATA to a folder with htc2022/*.mat")
@@ -853,32 +854,32 @@ HEALTHY += [np.deg2rad(np.random.default_rng(seed).uniform(0, 180, n)) for seed 
 
 def test_units_of_angles():
     "Degrees where radians are needed, and the other way round; never where they are right."
-    assert not any(map(scans.in_the_other_unit, HEALTHY))
+    assert not any(map(in_the_other_unit, HEALTHY))
     spans = [(180, 180), (180, 9), (360, 50), (360, 36), (90, 30)]
     degrees = [np.linspace(0, span, n, endpoint=end) for span, n in spans[:4] for end in (True, False)] + [np.arange(30) * 3.0]
     radians = [np.deg2rad(np.linspace(0, turns * np.pi, 20, endpoint=end)) for turns in (1, 2, 4) for end in (True, False)]
-    assert all(map(scans.in_the_other_unit, degrees + radians))
+    assert all(map(in_the_other_unit, degrees + radians))
 
 
 @pytest.mark.parametrize("arc, expected", [(40, True), (100, True), (140, True), (160, False), (180, False), (360, False)])
 def test_a_missing_wedge_is_told(arc, expected):
     A = parallel_beam(np.deg2rad(np.arange(18) * arc / 18), (16, 16), 24)
-    told = scans.doubts(simulate(ellipses(16, 3), A, 0.05))
-    assert scans.limited(A) == expected == any("looks along a wedge" in doubt for doubt in told)
+    told = doubts(simulate(ellipses(16, 3), A, 0.05))
+    assert limited(A) == expected == any("looks along a wedge" in doubt for doubt in told)
 
 
 def test_few_projections_are_no_wedge():
-    assert not any(scans.limited(parallel_beam(np.arange(n) * np.pi / n, (8, 8), 9)) for n in range(2, 9))
-    assert not scans.limited(fan_beam(np.deg2rad(np.arange(40) * 5), (8, 8), 9, 1.0, 30, 30))
-    assert scans.limited(fan_beam(np.deg2rad(np.arange(40) * 3), (8, 8), 9, 1.0, 30, 30))
+    assert not any(limited(parallel_beam(np.arange(n) * np.pi / n, (8, 8), 9)) for n in range(2, 9))
+    assert not limited(fan_beam(np.deg2rad(np.arange(40) * 5), (8, 8), 9, 1.0, 30, 30))
+    assert limited(fan_beam(np.deg2rad(np.arange(40) * 3), (8, 8), 9, 1.0, 30, 30))
 
 
 @pytest.mark.parametrize("level", [0.6, 0.7, 0.8])
 def test_a_saturated_detector_is_told(level):
     scan = simulate(walnut(24, 1), parallel_beam(np.arange(20) * np.pi / 20, (24, 24), 36), 0.05)
-    told = scans.doubts(replace(scan, measurement=scan.measurement.clamp(max=level * scan.measurement.max()), noise_std=None))
+    told = doubts(replace(scan, measurement=scan.measurement.clamp(max=level * scan.measurement.max()), noise_std=None))
     assert any("is the detector saturated" in doubt for doubt in told) and not any("dead" in doubt for doubt in told)
-    assert scans.doubts(scan) == []
+    assert doubts(scan) == []
 
 
 def test_whole_turns_change_nothing():

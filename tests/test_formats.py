@@ -13,10 +13,11 @@ from scipy.io import savemat
 from dip_uq.cli import main
 from dip_uq.corrections import air_offset, find_centre, line_integrals, transmission, valid_readings
 from dip_uq.data import Scan, ellipses, walnut
+from dip_uq.doubts import cramped, doubts, widened
 from dip_uq.formats import READERS, midplane, read_fields
 from dip_uq.operators import MatrixOperator
 from dip_uq.rays import fan_beam, parallel_beam, ray_matrix
-from dip_uq.scans import cramped, doubts, load_scan, save_scan, widened
+from dip_uq.scans import load_scan, save_scan
 
 MEASURED = Path(os.environ.get("DIP_UQ_DATA", "none")) / "measured"
 needs_measured = pytest.mark.skipif(not MEASURED.is_dir(), reason="set DIP_UQ_DATA to a folder with measured/")

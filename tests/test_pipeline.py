@@ -9,13 +9,14 @@ import tifffile
 import torch
 
 from dip_uq.data import Scan, ellipses, negative_range, rectangles, shepp_logan, simulate, walnut
+from dip_uq.doubts import doubts, noise_excess
 from dip_uq.dip import reconstruct
 from dip_uq.networks import UNet
 from dip_uq.operators import as_operator, blur, fourier, mask
 from dip_uq.pipeline import solve, solve_image
 from dip_uq.posterior import Posterior
 from dip_uq.rays import Geometry, fan_beam, parallel_beam, vector_beam
-from dip_uq.scans import doubts, load_htc2022, noise_excess
+from dip_uq.scans import load_htc2022
 
 FILES = {"posterior.safetensors", "result.safetensors", "summary.json", "image.tif", "std.tif", "samples.npz", "report.png", "result.nxs"}
 
