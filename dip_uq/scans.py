@@ -19,7 +19,7 @@ import pooch
 import torch
 from numpy.typing import ArrayLike
 
-from .corrections import filled, find_centre, measured
+from .corrections import filled, find_centre, measured, refine_centre
 from .data import Scan, _pixels, _positive, _real, _sides, _whole
 from .doubts import ROOM, outermost, truncation
 from .files import as_path, write_by
@@ -305,16 +305,13 @@ def located(fields: dict, share: np.ndarray, centre: str | float | None = None) 
         told.append("nothing is known about lengths, so they are in bins (bin_size says more)")
     rest.setdefault("bin_size", rest.get("pixel_size", 1.0))
     for key in rest.keys() & {*_LENGTHS}: rest[key] = _positive(key, rest[key])
-    if centre == "auto" and fan: raise ValueError("centre='auto' is for parallel beam; give a number")
+    found = None
     if isinstance(centre, float): rest["centre"] = centre
     elif not fan and (centre or "centre" not in rest):
-        try:
-            rest["centre"], std = find_centre(share, _real("angles", rest["angles"], dtype=torch.float64).numpy())
-            told.append(f"the axis is at bin {rest['centre']:.2f} ± {std:.2f}, as the readings say")
+        try: found = find_centre(share, _real("angles", rest["angles"], dtype=torch.float64).numpy())
         except ValueError as e:
-            if centre: raise
-            told.append(f"{e}; it is taken to be in the middle")
-    rest["centre"] = float(_real("centre", rest.get("centre", (bins - 1) / 2), ()))
+            if not centre: told.append(f"{e}; it is taken to be in the middle")
+    rest["centre"] = found[0] if found else float(_real("centre", rest.get("centre", (bins - 1) / 2), ()))
     if not 0 <= rest["centre"] < bins: raise ValueError(f"centre={rest['centre']:g} is not one of the {bins} bins")
     g = Geometry(np.deg2rad(rest["angles"]), bins, rest["bin_size"], 1.0, rest.get("source_origin"),
                  rest.get("origin_detector"), centre=rest["centre"])
@@ -326,7 +323,18 @@ def located(fields: dict, share: np.ndarray, centre: str | float | None = None) 
         width *= ROOM
     rest.setdefault("size", round(width / rest.get("pixel_size", g.sides.sum() / bins)) or 1)
     rest.setdefault("pixel_size", width / _whole("size", rest["size"]))
+    if centre == "auto" and not found: rest["centre"], _ = found = _refined(rest)
+    if found: told.append(f"the axis is at bin {found[0]:.2f} ± {found[1]:.2f}, as the readings say")
     return rest, told
+
+def _refined(fields: dict) -> tuple[float, float]:
+    "The bin of the axis and its standard error by `refine_centre`, from at most 90 views and an image of 96 by 96."
+    keep = "measurement", "valid", "angles", "geometry", "rays_per_bin", "size", "centre", *_LENGTHS
+    size, fields = min(96, fields["size"]), {key: fields[key] for key in keep if key in fields}
+    inner, bins = _fitting(fields, size)
+    centre, std = refine_centre(_scan_from(inner, "the file", min(90, len(fields["angles"])), size, bins))
+    group = inner["measurement"].shape[1] // bins
+    return (centre + 0.5) * group - 0.5 + fields["centre"] - inner["centre"], std * group
 
 _LENGTHS = "source_origin", "origin_detector", "bin_size", "pixel_size"
 
