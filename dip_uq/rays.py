@@ -60,7 +60,7 @@ def _beside(start, end):
 
 
 def _trace(start, end, shape, sides):
-    "Rays (n, dim) in pixel units -> pixels met by each ray, their flat indices, the lengths in them, as of `sides`."
+    "Rays (n, dim) in pixel units -> pixels met by each ray, their flat indices, the lengths in them for such `sides`."
     rays, (start, end, whose) = len(start), _beside(start, end)
     way = end - start
     first, last = _clip(start, way, shape)
@@ -104,11 +104,11 @@ def ray_matrix(
     require_memory(_matrix_bytes(start, end, shape), f"a matrix of {len(start)} rays through {shape} pixels",
                    "take fewer rays or fewer, larger pixels")
     block = max(1, 2**18 // sum(shape))  # rays at a time: work arrays of about 2 MiB each
-    parts = [_trace(start[i:i + block], end[i:i + block], shape, sides) for i in range(0, len(start), block)]
+    parts = [_trace(start[i:i + block], end[i:i + block], shape, sides / sides[0]) for i in range(0, len(start), block)]
     counts, pixels, lengths = (np.concatenate(p) for p in zip(*parts))
     offsets = np.append(0, np.cumsum(counts))
     index = np.int32 if max(offsets[-1], math.prod(shape)) < 2**31 else np.int64
-    return sp.csr_array((lengths, pixels.astype(index), offsets.astype(index)),
+    return sp.csr_array((lengths * sides[0], pixels.astype(index), offsets.astype(index)),
                         shape=(len(start), math.prod(shape)))
 
 
@@ -144,6 +144,10 @@ class Rays:
         "The source (of parallel rays: their way), the detector's middle, and the step from one bin to the next."
         raise NotImplementedError
 
+    def points(self) -> tuple:  # (views, 1, 2) and (views, bins * rays_per_bin, 2) with (x, y)
+        "Where rays start and end; of parallel rays their way, of length 1, and where they pass the centre."
+        raise NotImplementedError
+
     def part(self, chosen) -> "Rays":
         "The same with the `chosen` views only."
         raise NotImplementedError
@@ -152,13 +156,9 @@ class Rays:
              reach: float  # parallel rays start and end this far from the place next to the centre
             ) -> tuple:  # starts and ends, each (views, bins * rays_per_bin, 2) with (x, y)
         "End points of all rays."
-        start, middle, step = (v[:, None] for v in self.vectors())
-        along = (np.arange(self.bins * self.rays_per_bin) + .5) / self.rays_per_bin - self.bins / 2
-        places = middle + along[:, None] * step
+        start, places = self.points()
         if self.fan: return np.broadcast_to(start, places.shape), places
-        way = start / np.linalg.norm(start, axis=-1, keepdims=True)
-        nearest = places - (places * way).sum(-1, keepdims=True) * way
-        return nearest - reach * way, nearest + reach * way
+        return places - reach * start, places + reach * start
 
     @property
     def reach(self) -> float:
@@ -242,6 +242,14 @@ class Geometry(Rays):
         "Does the detector reach farther on one side of the axis, by a bin or more?"
         return abs(2 * self.centre - self.bins + 1) >= 1
 
+    def points(self):
+        cos, sin = np.cos(self.angles)[:, None], np.sin(self.angles)[:, None]
+        u, r = np.stack([cos, sin], -1), np.stack([-sin, cos], -1)  # (angles, 1, 2)
+        within = ((np.arange(self.rays_per_bin) + .5) / self.rays_per_bin - .5) * self.bin_size
+        along = u * np.cos(self.tilt) + r * np.sin(self.tilt) if self.tilt else u
+        places = (self.offsets[:, None] + within).ravel()[:, None] * along
+        return (-self.source_origin * r, places + self.origin_detector * r) if self.fan else (r, places)
+
     def vectors(self):
         cos, sin, turned = np.cos(self.angles), np.sin(self.angles), self.angles + self.tilt
         r = np.stack([-sin, cos], 1)
@@ -315,7 +323,7 @@ def _ray_transform(geometry, shape):
     lengths = shape * pixel_sides(geometry.pixel_size)
     readings, k = len(geometry.angles) * geometry.bins, geometry.rays_per_bin
     _check_points(readings * k)
-    starts, ends = geometry.rays(math.hypot(*lengths))
+    starts, ends = geometry.rays(math.hypot(*shape) * pixel_sides(geometry.pixel_size).max())
     for name, points in (("source", starts), ("detector", ends)) if geometry.fan else ():
         inside = ((2 * points / lengths[::-1])**2).sum(-1).min(1) < 1 - 1e-9
         if inside.any():
@@ -358,6 +366,14 @@ class Views(Rays):
             k = flat.argmax()
             raise ValueError(f"step={step[k]} and source={self.source[k]} of view {k}: the source is on the detector's "
                              "line, or one of them is zero; are (x, y) in this order, and all in one unit?")
+
+    def points(self):
+        start, middle, step = (v[:, None] for v in self.vectors())
+        along = (np.arange(self.bins * self.rays_per_bin) + .5) / self.rays_per_bin - self.bins / 2
+        places = middle + along[:, None] * step
+        if self.fan: return start, places
+        way = start / np.linalg.norm(start, axis=-1, keepdims=True)
+        return way, places - (places * way).sum(-1, keepdims=True) * way
 
     def vectors(self): return self.source, self.detector, self.step
 
