@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['pixel_sides', 'ray_matrix', 'Rays', 'Geometry', 'RayTransform', 'parallel_beam', 'fan_beam', 'Views', 'vector_beam',
-           'field_of_view']
+           'vector_cone', 'field_of_view']
 
 # %% ../nbs/03_rays.ipynb #e307940b
 import math
@@ -396,6 +396,44 @@ def vector_beam(
     These are the vectors of ASTRA's `fanflat_vec` and `parallel_vec`. `fbp` is for circular scans among them.
     """
     return _ray_transform(Views(source, detector, step, bins, pixel_size, fan, rays_per_bin), shape)
+
+# %% ../nbs/03_rays.ipynb #daf45a51
+def vector_cone(
+    source,  # (views, 3) place of the source, (x, y, z) from the volume's centre; of parallel rays, which way they go
+    detector,  # (views, 3) place of the middle of the flat detector
+    across,  # (views, 3) from the middle of one bin of a row to that of the next
+    along,  # (views, 3) from the middle of one row to that of the next
+    shape: tuple,  # volume (D, H, W): x along W, y against H, z along D
+    rows: int,  # of the detector
+    bins: int,  # of each row
+    pixel_size: float | tuple = 1.0,  # edge of a voxel, or (depth, height, width)
+    cone: bool = True  # False: rays are parallel
+) -> MatrixOperator:  # (D, H, W) -> (views, rows, bins)
+    "Line integrals of a volume, each view with a source and detector of its own; all lengths are in one unit."
+    named = dict(source=source, detector=detector, across=across, along=along)
+    for name, value in named.items():
+        _check_plain(name, value)
+        named[name] = v = np.asarray(value, float)
+        if v.shape != (len(np.atleast_1d(source)), 3) or not v.size or not np.isfinite(v).all():
+            raise ValueError(f"{name} has shape {v.shape}: give finite (x, y, z) for each view, (views, 3)")
+    start, middle, u, v = (part[:, None, None] for part in named.values())
+    if len(shape := _check_shape("shape", shape)) != 3: raise ValueError(f"shape={shape!r}: expected (D, H, W)")
+    (rows,), (bins,) = _check_shape("rows", rows), _check_shape("bins", bins)
+    way = middle - start if cone else start
+    sizes = np.prod([np.linalg.norm(part, axis=-1) for part in (u, v, way)], 0)[:, 0, 0]
+    flat = np.abs(np.linalg.det(np.stack([u, v, way], -1))[:, 0, 0]) <= 1e-9 * sizes
+    if flat.any():
+        raise ValueError(f"view {flat.argmax()}: the source is in the detector's plane, or steps are zero or along "
+                         "each other; are (x, y, z) in this order, and all in one unit?")
+    _check_points(len(start) * rows * bins)
+    row, place = (np.arange(n) - (n - 1) / 2 for n in (rows, bins))
+    ends = middle + row[:, None, None] * v + place[:, None] * u  # (views, rows, bins, 3)
+    if not cone:
+        way = way / np.linalg.norm(way, axis=-1, keepdims=True)
+        ends = ends - (ends * way).sum(-1, keepdims=True) * way  # where rays pass the centre
+        far = math.hypot(*shape) * pixel_sides(pixel_size, 3).max() * way
+        start, ends = ends - far, ends + far
+    return MatrixOperator(ray_matrix(start, ends, shape, pixel_size), shape, ends.shape[:3])
 
 # %% ../nbs/03_rays.ipynb #89990237
 def _directions(angles, period, limit=1e-6):

@@ -23,7 +23,7 @@ from dip_uq.data import Scan, simulate
 from dip_uq.operators import (LinearOperator, MatrixOperator, adjoint_error, as_operator, blur, cgls, downsample, fourier,
                               mask)
 from dip_uq.fbp import _angle_shares, _counts, circular, fbp, has_fbp
-from dip_uq.rays import fan_beam, parallel_beam, ray_matrix, vector_beam
+from dip_uq.rays import fan_beam, parallel_beam, ray_matrix, vector_beam, vector_cone
 
 coordinate = st.floats(-8, 8, allow_nan=False) | st.integers(-8, 8).map(float) | st.sampled_from([1e-12, -1e-12, 0.])
 sizes = st.floats(.25, 3) | st.just(1.)
@@ -688,3 +688,28 @@ def test_functions_that_are_no_operator_are_named(thing, message):
 @pytest.mark.parametrize("shape", [16, (16,), (4, 4, 4)])
 def test_a_beam_needs_height_and_width(shape):
     with pytest.raises(ValueError, match=r"expected \(H, W\), such as \(128, 128\)"): parallel_beam([0.0, 1.0], shape, 8)
+
+
+# Volumes: views of their own
+
+def test_cones_are_refused_early():
+    source, detector, across, along = np.array([[0., -90, 0]]), np.array([[0., 60, 0]]), np.array([[1., 0, 0]]), np.array([[0., 0, 1]])
+    def cone(**other):
+        vectors = dict(source=source, detector=detector, across=across, along=along) | other
+        return vector_cone(**vectors, shape=(4, 5, 6), rows=7, bins=8)
+    assert cone().range_shape == (1, 7, 8) and cone().domain_shape == (4, 5, 6)
+    for wrong, words in ((dict(across=along), "along each other"), (dict(source=np.array([[50., 60, 9]])), "in the detector's plane"),
+                         (dict(detector=detector[0]), "detector has shape (3,)"), (dict(source=np.full((1, 3), np.nan)), "finite"),
+                         (dict(along=np.zeros((1, 3))), "steps are zero")):
+        with pytest.raises(ValueError, match=re.escape(words)): cone(**wrong)
+    with pytest.raises(ValueError, match="expected \\(D, H, W\\)"): vector_cone(source, detector, across, along, (5, 6), 7, 8)
+
+
+def test_a_volume_that_moves_with_its_scanner_reads_the_same():
+    "Turned by a quarter about z, source, detector and volume."
+    rng = np.random.default_rng(0)
+    volume, turn = torch.from_numpy(rng.random((6, 8, 8))), np.array([[0., -1, 0], [1, 0, 0], [0, 0, 1]])
+    vectors = [rng.normal(size=(5, 3)) * much + place for much, place in
+               ((5, [0, -90, 0]), (3, [0, 60, 0]), (0.1, [1, 0, 0]), (0.1, [0, 0, 1]))]
+    still, moved = (vector_cone(*(v @ T.T for v in vectors), (6, 8, 8), 9, 12) for T in (np.eye(3), turn))
+    np.testing.assert_allclose(moved(volume.rot90(1, (1, 2))), still(volume), atol=1e-6)
