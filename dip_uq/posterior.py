@@ -7,6 +7,7 @@ __all__ = ['Posterior', 'log_density']
 
 # %% ../nbs/22_posterior.ipynb #e88a127c
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import cached_property, partial
@@ -127,12 +128,20 @@ class Posterior:
         return cls(Evidence(model, prior, **about["evidence"]), about["scale"], about.get("share", 1.0))
 
     def predict(self, operator: LinearOperator) -> tuple[Tensor, Tensor]: # mean range_shape, covariance (d, d)
-        "Noise-free rays A x of another `operator`: their mean, and their covariance A Σ_{x|y} Aᵀ."
+        """Noise-free rays A x of another `operator`: their mean, and their covariance A Σ_{x|y} Aᵀ.
+
+        It is the difference of two matrices that may be much larger; variances that drown in rounding are zero, and told.
+        """
         if tuple(operator.domain_shape) != tuple(self.lin.recon.image.shape):
             raise ValueError(f"operator: it takes images of shape {tuple(operator.domain_shape)}, but the posterior's "
                              f"have {tuple(self.lin.recon.image.shape)}; build it for these")
         prior, explained = self.evidence.covariance.explained(self.lin.rows(operator, free_pixels=True), self.part)
-        return operator(self.mean), self.scale**2 * (prior - explained)
+        covariance = self.scale**2 * (prior - explained)
+        if (lost := covariance.diagonal() < 0).any():
+            warnings.warn(f"operator: of {int(lost.sum())} of {len(lost)} rays the variance is lost in rounding, since the "
+                          f"prior's is up to {float(prior.diagonal().max()):.2g}; is the prior too wide for the noise?")
+            covariance.diagonal().clamp_(min=0)
+        return operator(self.mean), covariance
 
 # %% ../nbs/22_posterior.ipynb #30b28865
 def log_density(error: Tensor, std: Tensor) -> Tensor: # tensors of one shape → the same

@@ -111,6 +111,16 @@ def test_log_evidence(case):
     assert abs(posterior.evidence.value - dense.log_evidence(objective)) < 1e-3
 
 
+def test_variances_below_rounding_are_told(recon):
+    "A prior so wide that what the rays leave of it is less than its rounding."
+    posterior = Posterior(fit_evidence(Linearization(recon), progress=False))
+    covariance = posterior.evidence.covariance
+    prior, explained = covariance.explained(posterior.lin.rows(recon.scan.operator[[0]], free_pixels=True), posterior.part)
+    more = prior * (1 + 1e-7)
+    with patch.object(type(covariance), "explained", lambda *args: (prior, more)), pytest.warns(UserWarning, match="lost in rounding"):
+        _, found = posterior.predict(recon.scan.operator[[0]])
+    assert (found.diagonal() == 0).all()
+
 def test_mean(case):
     posterior, dense, _ = case
     moved = dense.K_xy @ torch.linalg.solve(dense.K_yy, dense.held)
