@@ -29,11 +29,11 @@ from torch.nn.functional import avg_pool2d
 from dip_uq.calibration import check_held_out, coverage, log_likelihood, z_std
 from dip_uq.dip import psnr, reconstruct
 from dip_uq.evidence import conditional_objective, prior_of
+from dip_uq.fbp import fbp
 from dip_uq.linearization import FREE
 from dip_uq.networks import UNet
 from dip_uq.pipeline import solve
 from dip_uq.posterior import Posterior
-from dip_uq.fbp import fbp
 from dip_uq.rays import fan_beam, field_of_view
 from dip_uq.scans import load_htc2022
 

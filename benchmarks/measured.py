@@ -22,8 +22,8 @@ from torch.nn.functional import pad
 
 from dip_uq.dip import psnr, reconstruct
 from dip_uq.dip import total_variation as variation
-from dip_uq.operators import cgls
 from dip_uq.fbp import fbp
+from dip_uq.operators import cgls
 from dip_uq.rays import field_of_view
 from dip_uq.scans import load_htc2022
 

@@ -34,13 +34,13 @@ from .data import Scan, _whole, difference_noise, seen_and_unseen
 from .dip import Reconstruction, check_arguments, gaussian, psnr, reconstruct
 from .doubts import doubts, limited, noise_excess
 from .evidence import fit_evidence, fitted_noise
+from .fbp import fbp, has_fbp
 from .files import State, save_tensors, stage, what_ran, write_by, write_whole
 from .formats import write_nexus
 from .linearization import Linearization, check_network, convolutions, with_gradients
 from .networks import UNet, seeded
 from .plotting import sections, show_image, small_text, tell
 from .posterior import Posterior
-from .fbp import fbp, has_fbp
 from .rays import field_of_view
 from .scores import draw_calibration, draw_error_against_std
 

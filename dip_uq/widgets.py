@@ -29,15 +29,15 @@ from .covariance import Model
 from .data import Scan, _whole
 from .dip import Reconstruction, Run, descend, first_guess, psnr
 from .evidence import conditional_objective, log_parameters, value_and_gradient
+from .fbp import fbp, has_fbp
 from .linearization import Linearization, block_distances
 from .networks import fresh
 from .pipeline import Solution
 from .plotting import show_image, small_text
 from .posterior import Posterior
 from .priors import FilterPrior, network_blocks
-from .scores import draw_error_against_std
-from .fbp import fbp, has_fbp
 from .rays import field_of_view
+from .scores import draw_error_against_std
 
 # %% ../nbs/29_widgets.ipynb #ec3478d6
 class Explorer(VBox):

@@ -20,9 +20,9 @@ from scipy.ndimage import gaussian_filter
 from skimage.transform import downscale_local_mean, iradon
 
 from dip_uq.data import Scan, simulate
+from dip_uq.fbp import _angle_shares, _counts, circular, fbp, has_fbp
 from dip_uq.operators import (LinearOperator, MatrixOperator, adjoint_error, as_operator, blur, cgls, downsample, fourier,
                               mask)
-from dip_uq.fbp import _angle_shares, _counts, circular, fbp, has_fbp
 from dip_uq.rays import fan_beam, parallel_beam, ray_matrix, vector_beam, vector_cone
 
 coordinate = st.floats(-8, 8, allow_nan=False) | st.integers(-8, 8).map(float) | st.sampled_from([1e-12, -1e-12, 0.])

@@ -9,8 +9,8 @@ import tifffile
 import torch
 
 from dip_uq.data import Scan, ellipses, negative_range, rectangles, shepp_logan, simulate, walnut
-from dip_uq.doubts import doubts, noise_excess
 from dip_uq.dip import reconstruct
+from dip_uq.doubts import doubts, noise_excess
 from dip_uq.networks import UNet
 from dip_uq.operators import as_operator, blur, fourier, mask
 from dip_uq.pipeline import solve, solve_image
