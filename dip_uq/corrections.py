@@ -83,7 +83,7 @@ def air_offset(y: np.ndarray) -> tuple[float, float, str]:
 
 # %% ../nbs/07_corrections.ipynb #07d00002
 def beam_drift(y: np.ndarray) -> np.ndarray:  # (views, bins) → (views,)
-    "What each view reads too much or too little, as the air on both sides of it tells; 0 unless that is more than chance."
+    "What each view reads too much or too little, as the air on both sides tells; 0 unless that is more than chance."
     k, n = max(1, y.shape[1] // 30), len(y)
     left, right = y[:, :k].mean(1), y[:, -k:].mean(1)
     left, right = left - left.mean(), right - right.mean()

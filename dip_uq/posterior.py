@@ -130,7 +130,7 @@ class Posterior:
     def predict(self, operator: LinearOperator) -> tuple[Tensor, Tensor]: # mean range_shape, covariance (d, d)
         """Noise-free rays A x of another `operator`: their mean, and their covariance A Σ_{x|y} Aᵀ.
 
-        It is the difference of two matrices that may be much larger; variances that drown in rounding are zero, and told.
+        It is a difference of two matrices that may be much larger: variances lost in rounding are zero, with a warning.
         """
         if tuple(operator.domain_shape) != tuple(self.lin.recon.image.shape):
             raise ValueError(f"operator: it takes images of shape {tuple(operator.domain_shape)}, but the posterior's "
@@ -138,7 +138,7 @@ class Posterior:
         prior, explained = self.evidence.covariance.explained(self.lin.rows(operator, free_pixels=True), self.part)
         covariance = self.scale**2 * (prior - explained)
         if (lost := covariance.diagonal() < 0).any():
-            warnings.warn(f"operator: of {int(lost.sum())} of {len(lost)} rays the variance is lost in rounding, since the "
+            warnings.warn(f"operator: the variance of {int(lost.sum())} of {len(lost)} rays is lost in rounding; the "
                           f"prior's is up to {float(prior.diagonal().max()):.2g}; is the prior too wide for the noise?")
             covariance.diagonal().clamp_(min=0)
         return operator(self.mean), covariance
