@@ -14,11 +14,11 @@ from torch import nn
 
 from dip_uq import dip
 from dip_uq.data import ellipses, simulate
-from dip_uq.dip import Reconstruction, psnr, reconstruct, total_variation
+from dip_uq.dip import Reconstruction, first_guess, psnr, reconstruct, total_variation
 from dip_uq.files import load_tensors, save_tensors
 from dip_uq.networks import UNet
 from dip_uq.operators import LinearOperator, as_operator
-from dip_uq.rays import fan_beam
+from dip_uq.rays import fan_beam, parallel_beam
 
 SHAPE = 14, 16
 TRUTH = torch.nn.functional.pad(ellipses(14, 1), (1, 1))
@@ -429,3 +429,11 @@ def test_a_start_may_be_an_array():
 def test_noiseless_scan_has_no_discrepancy():
     with pytest.raises(ValueError, match="needs scan.noise_std above 0, not 0.0"):
         fit(replace(RAYS, noise_std=0), stop="discrepancy")
+
+
+def test_the_range_is_that_of_the_field_of_view_where_the_image_reaches_far_beyond_it():
+    "Of a truncated scan the rest of the image is dark and wide, and must not take the light from the middle."
+    turn, bright = np.arange(24) * np.pi / 24, ellipses(48, 1)  # up to 0.96
+    A = parallel_beam(turn, (48, 48), 32)
+    _, scale = first_guess(simulate(bright, A, noise=0.03, seed=1))
+    assert 0.8 < scale / float(bright.max()) < 1
