@@ -53,6 +53,7 @@ def valid_readings(y: np.ndarray) -> np.ndarray:
         others = np.array(others, bool)
         return np.maximum(y - maximum_filter(y, footprint=others, mode="mirror"),
                           minimum_filter(y, footprint=others, mode="mirror") - y)
+    if y.shape[1] < 3: return np.isfinite(y)
     noise = 1.4826 * np.median(np.abs(np.diff(y, 2))) / 6**0.5
     far = max(10 * noise, np.clip(y, *np.percentile(y, (1, 99))).std() / 2)
     valid = beyond([[1, 1, 1], [1, 0, 1], [1, 1, 1]]) <= far
@@ -75,7 +76,7 @@ def air_offset(y: np.ndarray) -> tuple[float, float, str]:
     k = max(1, y.shape[1] // 30)
     sides = np.stack([y[:, :k].mean(1), y[:, -k:].mean(1)])
     both = np.concatenate([y[:, :k], y[:, -k:]], 1)
-    std = max(both.mean(i).std(ddof=1) / both.shape[1 - i]**0.5 for i in (0, 1))
+    std = max((both.mean(i).std(ddof=1) / n**0.5 for i in (0, 1) if (n := both.shape[1 - i]) > 1), default=0.0)
     moves = max(float(sides.var(1).max()) - difference_noise(torch.from_numpy(y))**2 / k, 0.0)**0.5
     air = moves < 0.1 * abs(y.mean() - sides.mean())
     doubt = "" if air else f"the {k} outermost bins on either side change with the angle: no air"
@@ -93,6 +94,7 @@ def find_centre(y: np.ndarray,  # (views, bins) of a parallel beam past all of t
                ) -> tuple[float, float]:  # bin index of the axis of rotation, and its standard error
     "The axis that makes a sinogram consistent with the harmonics that views can have; ValueError if they are few."
     (views, bins), theta, forms, free = y.shape, np.deg2rad(degrees), [], 0
+    if y.mean() < y[:, [0, -1]].mean(): y = -y  # without the minus of a logarithm
     spectrum, w = np.fft.rfft(y, axis=1), 2 * np.pi * np.arange(1, min(bins // 2, 65)) / bins
     for p, reach in zip(spectrum.T[1:], w * bins / 2):
         orders = np.arange(int(reach + 1.5 * reach**(1 / 3) + 4))
@@ -216,8 +218,13 @@ def find_hardening(y: np.ndarray,  # (views, bins) line integrals past all of th
 
     Errors in both variables: Fuller, Measurement Error Models, 1987, section 1.3. ValueError if b is not determined.
     """
+    if not isinstance(geometry, Geometry): raise TypeError("geometry has views of their own, or is none of rays")
+    if np.shape(y) != (shape := (len(geometry.angles), geometry.bins)) or not np.isfinite(y).all():
+        raise ValueError(f"y has shape {np.shape(y)}; give finite line integrals of shape {shape}")
     n, noise, free = _beyond(np.stack([y, y**2], -1), geometry)
-    least, vectors = eigh(n, noise)
+    try: least, vectors = eigh(n, noise)
+    except np.linalg.LinAlgError:
+        raise ValueError("views differ too little to tell by how much the beam hardens") from None
     line = vectors[:, 0] / vectors[0, 0]
     b, signal = float(line[1]), n[1, 1] - least[0] * noise[1, 1]
     if signal < free * noise[1, 1]: raise ValueError("views differ too little to tell by how much the beam hardens")
@@ -236,7 +243,10 @@ def measured(fields: dict,  # of `read_fields`
     "Fields with line integrals, also counts of photons, what is broken marked; what shows the axis; doubts."
     rest, told = dict(fields), []
     counts, flat, dark, blank = (rest.pop(key, None) for key in ("counts", "flat", "dark", "blank"))
-    if (photons and counts is None) or (dark is not None and flat is None):
+    if flat is None and dark is not None and np.size(blank) == 1 and blank is not None:
+        flat = np.full((1, counts.shape[1]), float(blank))  # what the beam reads, the dark included
+    alone = flat is None and (dark is not None or (counts is not None and blank is None))
+    if alone or (photons and counts is None):
         raise ValueError("counts and dark frames need the beam without the object; give it as flat")
     if counts is None:
         share = y = np.asarray(rest["measurement"], float)
@@ -248,6 +258,7 @@ def measured(fields: dict,  # of `read_fields`
         frames = [f"{len(v)} {name}" for name, v in dict(flat=flat, dark=dark).items() if v is not None]
         told.append(f"readings are counts, with {' and '.join(frames) + ' frames' if frames else 'a blank'}")
         light, beam = (counts, np.asarray(blank, float)) if flat is None else transmission(counts, flat, dark)
+        if not (beam > 0).any(): raise ValueError("the beam without the object reads nothing; check flat and dark")
         y, _, good = line_integrals(light, beam)
         share = 1 - np.where(np.isfinite(light), light, 0) / np.where(beam > 0, beam, 1)
         if not photons and np.median(light) < 100 and (counts == np.round(counts)).all():
@@ -255,7 +266,10 @@ def measured(fields: dict,  # of `read_fields`
         if photons: # they are kept as such: of few photons the logarithm is biased, of none there is no logarithm
             good = np.isfinite(light) & (light >= 0) & (beam > 0)
             rest |= dict(counts=np.where(good, light, 0), blank=beam)
-    sound = valid_readings(np.where(np.isfinite(share), share, 0)) & (np.ones(y.shape, bool) & rest.get("valid", True))
+    valid = np.asarray(rest.get("valid", True))
+    if valid.dtype != bool or valid.shape not in ((), y.shape, y.shape[1:]):
+        raise ValueError(f"valid has shape {valid.shape} and holds {valid.dtype}; give True or False for each reading")
+    sound = valid_readings(np.where(np.isfinite(share), share, 0)) & valid
     if bins := np.flatnonzero(~sound.any(0)).tolist(): told.append(f"bins {bins} are dead or hot")
     good &= sound
     offset, std, doubt = air_offset(np.where(good, y, 0))

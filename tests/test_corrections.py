@@ -138,3 +138,13 @@ def test_import_finds_the_axis_of_a_fan(tmp_path, capsys):
     assert main(["import", str(tmp_path / "fan.npz"), *fan, "--centre", "auto", "--out", str(tmp_path / "out.npz")]) == 0
     assert "the axis is at bin 27.3" in capsys.readouterr().out
     with np.load(tmp_path / "out.npz") as f: assert f["centre"] == pytest.approx(27.3, abs=0.05)
+
+
+@pytest.mark.parametrize("y, words", [
+    (np.ones((60, 30)), "differ too little"), (np.zeros((60, 30)), "differ too little"), (np.ones((60, 29)), "of shape (60, 30)"),
+    (np.full((60, 30), np.nan), "finite line integrals")])
+def test_readings_that_say_nothing_of_hardening(y, words):
+    with pytest.raises(ValueError) as error: find_hardening(y, parallel_beam(np.arange(60) * np.pi / 60, (20, 20), 30).geometry)
+    assert words in str(error.value)
+    vectors = vector_beam(*parallel_beam(np.arange(60.), (20, 20), 30).geometry.vectors(), (20, 20), 30, fan=False)
+    with pytest.raises(TypeError, match="views of their own"): find_hardening(y, vectors.geometry)

@@ -713,3 +713,14 @@ def test_a_volume_that_moves_with_its_scanner_reads_the_same():
                ((5, [0, -90, 0]), (3, [0, 60, 0]), (0.1, [1, 0, 0]), (0.1, [0, 0, 1]))]
     still, moved = (vector_cone(*(v @ T.T for v in vectors), (6, 8, 8), 9, 12) for T in (np.eye(3), turn))
     np.testing.assert_allclose(moved(volume.rot90(1, (1, 2))), still(volume), atol=1e-6)
+
+
+def test_bad_points_are_named():
+    o = np.ones((3, 2))
+    with pytest.raises(ValueError, match="detector must hold numbers"): vector_beam(o, "far", o, (4, 4), 4)
+    with pytest.raises(ValueError, match="step must hold numbers"): vector_beam(o, o, [[1, 2], [3]], (4, 4), 4)
+    with pytest.raises(ValueError, match="across must hold numbers"): vector_cone(np.ones((3, 3)), np.ones((3, 3)), "x", 1, (4, 4, 4), 4, 4)
+    with pytest.raises(ValueError, match=r"give one number, or 3, \(depth, height, width\)"):
+        ray_matrix([0, 0, -9], [0, 0, 9], (4, 4, 4), (1, 2))
+    with pytest.raises(ValueError) as error: parallel_beam(np.full(99, np.nan), (4, 4), 4)
+    assert str(error.value).startswith("angles of (99,)") and "\n" not in str(error.value)
