@@ -14,7 +14,7 @@ import torch
 
 from .corrections import dead_bins
 from .data import Scan, _positive, difference_noise, largest_noise, negative_range
-from .fbp import _unweighted
+from .fbp import _unweighted, circular
 from .operators import LinearOperator
 from .rays import Geometry, Rays, RayTransform, _ray_transform, pixel_sides
 
@@ -85,7 +85,8 @@ def outermost(g: Rays) -> list[int]:
     if g.bins < 16: return []
     places = np.sort(g.angles % (2 * np.pi))
     all_round = np.diff(places, append=places[0] + 2 * np.pi).max() < np.pi / 2
-    return [-int(g.sides.argmax())] if all_round and isinstance(g, Geometry) and g.lopsided else [0, -1]
+    turning = circular(g)
+    return [-int(turning.sides.argmax())] if all_round and turning and turning.lopsided else [0, -1]
 
 def just_missing(A: RayTransform) -> torch.Tensor: # (projections, bins), bool
     "The rays that miss the image, but only just."

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from configparser import ConfigParser
 from contextlib import contextmanager
 from importlib.metadata import version
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ import numpy as np
 import tifffile
 from scipy.io import loadmat
 
-from .files import write_by
+from .files import as_path, write_by
 
 # %% ../nbs/06_formats.ipynb #f0a10004
 logging.getLogger("tifffile").addHandler(logging.NullHandler())  # what is wrong with a file is told once, by our error
@@ -55,7 +56,7 @@ def _floats(name: str, array: Any) -> np.ndarray:
 def _cut(name: str, volume: Any, row: int, rows: int) -> np.ndarray:
     "The slice (n, bins) of a volume (n, rows, bins) or of one picture (rows, bins) of it; a sinogram has 0 rows."
     shape = tuple(volume.shape)
-    if len(shape) == 2 and rows == shape[0]: return _floats(name, volume[row])[None]
+    if len(shape) == 2 and rows == shape[0] > 0: return _floats(name, volume[row])[None]
     if len(shape) not in (2, 3) or 0 in shape:
         raise _Refused(f"{name} has shape {shape}, but (views, bins) or (views, rows, bins) is needed")
     if shape[0] * shape[-1] > 2**26: raise _Refused(f"{name} has shape {shape}: no slice has so many readings")
@@ -283,6 +284,7 @@ def _angles(given: Any, names: list[str], shape: tuple[int, ...]) -> np.ndarray:
         if not found or not all(found): raise _Refused("angles='names', but no pictures are named after their angles")
         given = [float(numbers[-1]) for numbers in found]
     degrees = _floats("angles", read_numbers(str(given)) if isinstance(given, (str, os.PathLike)) else given).ravel()
+    if not np.isfinite(degrees).all(): raise _Refused("angles has NaN or infinite numbers; repair them")
     if len(degrees) == 2 < shape[0]: return np.linspace(degrees[0], degrees[1], shape[0])
     if len(degrees) == shape[0]: return degrees
     hint = "its axes are swapped, transpose it" if len(degrees) == shape[1] else "one angle per row is needed"
@@ -300,7 +302,7 @@ def read_fields(path: str | Path, # a file with one of the suffixes in READERS, 
     With a flat field or a blank, the readings are raw `counts`; otherwise they are a `measurement` as it stands. Raises
     ValueError, in one line with file and remedy, for everything that is malformed, missing or not understood.
     """
-    with _opened(path, variable) as found:
+    with _opened(as_path("path", path), variable) as found:
         if "step" in found:
             raise _Refused("this says where each view's source and detector are, so nothing is left to be imported; "
                            "give it to load_scan or dip-uq reconstruct")
@@ -313,9 +315,13 @@ def read_fields(path: str | Path, # a file with one of the suffixes in READERS, 
             raise _Refused("this has no angles; give them, in degrees, as a file or as the first and the last "
                            "(dip-uq import --angles)")
         fields["angles"] = _angles(angles, names, fields[key].shape)
-    if isinstance(flat, (int, float)): fields["blank"], flat = float(flat), None
+    if isinstance(flat, Real):
+        if not 0 < flat < np.inf: raise ValueError(f"flat={flat:g} is out of range: it must be positive")
+        fields.pop("flat", None)
+        fields["blank"], flat = float(flat), None
     for name, given in dict(flat=flat, dark=dark).items():
         if given is not None:
+            given = as_path(name, given)
             with _opened(given) as other: fields[name] = _cut(name, other["measurement"], row, rows)
     if {"flat", "blank"} & fields.keys(): fields["counts"] = fields.pop(key)
     return fields
@@ -351,6 +357,7 @@ def write_nexus(path: str | Path, image: np.ndarray, # (..., H, W)
     Source: NeXus, application definition NXtomoproc, and NXdata for axes and errors.
     """
     import h5py
+    name, unit = name.replace("\0", ""), unit.replace("\0", "")  # which text in HDF5 cannot hold
     def group(parent, name, kind, **fields):
         (made := parent.create_group(name)).attrs["NX_class"] = kind
         for key, value in fields.items(): made[key] = value

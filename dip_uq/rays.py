@@ -30,7 +30,8 @@ def pixel_sides(pixel_size, dim=2):
     sides = tuple(pixel_size) if np.ndim(pixel_size) == 1 else (pixel_size,) * dim
     for side in sides: _check_positive(pixel_size=side)
     if len(sides) == dim: return np.array(sides, float)
-    raise ValueError(f"pixel_size={pixel_size!r}: give one number, or {dim}, (height, width) of an image")
+    each = ("depth, height, width", "height, width")[dim == 2]
+    raise ValueError(f"pixel_size={pixel_size!r}: give one number, or {dim}, ({each})")
 
 
 def _clip(start, way, shape):
@@ -185,6 +186,10 @@ class Rays:
         return np.diff(places, append=places[0] + np.pi)
 
 
+def _points(name, value):
+    try: return np.array(value, float)
+    except (TypeError, ValueError) as error: raise ValueError(f"{name} must hold numbers: {error}") from error
+
 def _cross(a, b): return a[..., 0] * b[..., 1] - a[..., 1] * b[..., 0]
 
 # %% ../nbs/03_rays.ipynb #daf45a3b
@@ -205,7 +210,7 @@ class Geometry(Rays):
         _check_plain("angles", self.angles)
         angles = np.atleast_1d(np.asarray(self.angles, float))
         if angles.ndim != 1 or angles.size == 0 or not np.isfinite(angles).all():
-            raise ValueError(f"angles={self.angles!r}: expected one row of at least one finite number, in radians")
+            raise ValueError(f"angles of {angles.shape}: expected one row of at least one finite number, in radians")
         object.__setattr__(self, "angles", angles)
         _check_shape("bins", self.bins)
         _check_shape("rays_per_bin", self.rays_per_bin)
@@ -351,7 +356,7 @@ class Views(Rays):
     def __post_init__(self):
         for name in ("source", "detector", "step"):
             _check_plain(name, getattr(self, name))
-            value = np.array(getattr(self, name), float)
+            value = _points(name, getattr(self, name))
             if value.shape != (*np.shape(self.source)[:1], 2) or not value.size or not np.isfinite(value).all():
                 raise ValueError(f"{name} has shape {value.shape}: give finite (x, y) for each view, (views, 2)")
             object.__setattr__(self, name, value)
@@ -413,7 +418,7 @@ def vector_cone(
     named = dict(source=source, detector=detector, across=across, along=along)
     for name, value in named.items():
         _check_plain(name, value)
-        named[name] = v = np.asarray(value, float)
+        named[name] = v = _points(name, value)
         if v.shape != (len(np.atleast_1d(source)), 3) or not v.size or not np.isfinite(v).all():
             raise ValueError(f"{name} has shape {v.shape}: give finite (x, y, z) for each view, (views, 3)")
     start, middle, u, v = (part[:, None, None] for part in named.values())
@@ -425,6 +430,9 @@ def vector_cone(
     if flat.any():
         raise ValueError(f"view {flat.argmax()}: the source is in the detector's plane, or steps are zero or along "
                          "each other; are (x, y, z) in this order, and all in one unit?")
+    half = np.array(shape[::-1]) * pixel_sides(pixel_size, 3)[::-1] / 2
+    if cone and (inside := (np.abs(start) < half).all(-1)).any():
+        raise ValueError(f"the source of view {inside.argmax()} is inside the volume: are all lengths in one unit?")
     _check_points(len(start) * rows * bins)
     row, place = (np.arange(n) - (n - 1) / 2 for n in (rows, bins))
     ends = middle + row[:, None, None] * v + place[:, None] * u  # (views, rows, bins, 3)

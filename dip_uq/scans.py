@@ -297,7 +297,10 @@ def load_htc2022(name_or_path: str | Path = "ta",  # "ta", "tb", "solid_disc", o
 def located(fields: dict, share: np.ndarray, centre: str | float | None = None) -> tuple[dict, list[str]]:
     "`fields` with all that `load_scan` needs about lengths and the axis, and doubts."
     rest, told, bins = dict(fields), [], share.shape[1]
-    fan = str(rest.setdefault("geometry", "fan" if "source_origin" in rest else "parallel")) == "fan"
+    fan = (geometry := str(rest.setdefault("geometry", "fan" if "source_origin" in rest else "parallel"))) == "fan"
+    if geometry not in ("fan", "parallel"): raise ValueError(f"geometry={geometry!r} must be 'parallel' or 'fan'")
+    if odd := [key for key in ("size", "pixel_size") if np.size(rest.get(key, 1)) > 1]:
+        raise ValueError(f"{odd[0]} has two values, but is imported as one number; save_scan and load_scan keep both")
     if fan and (lacking := {"source_origin", "origin_detector", "bin_size"} - rest.keys()):
         raise ValueError(f"a fan beam needs {' and '.join(sorted(lacking))} as well")
     if not {"bin_size", "pixel_size"} & rest.keys():
@@ -306,10 +309,15 @@ def located(fields: dict, share: np.ndarray, centre: str | float | None = None) 
     rest.setdefault("bin_size", rest.get("pixel_size", 1.0))
     for key in rest.keys() & {*_LENGTHS}: rest[key] = _positive(key, rest[key])
     found = None
-    if isinstance(centre, float): rest["centre"] = centre
+    if centre is not None and not isinstance(centre, str): rest["centre"] = centre
+    elif centre not in (None, "auto"): raise ValueError(f'centre={centre!r}: give a bin, or "auto"')
     elif not fan and (centre or "centre" not in rest):
-        try: found = find_centre(share, _real("angles", rest["angles"], dtype=torch.float64).numpy())
+        try:
+            found = find_centre(share, _real("angles", rest["angles"], dtype=torch.float64).numpy())
+            if not (0 <= found[0] < bins and found[1] < bins / 8):
+                raise ValueError("the readings do not show where the axis is; give it as centre")
         except ValueError as e:
+            found = None
             if not centre: told.append(f"{e}; it is taken to be in the middle")
     rest["centre"] = found[0] if found else float(_real("centre", rest.get("centre", (bins - 1) / 2), ()))
     if not 0 <= rest["centre"] < bins: raise ValueError(f"centre={rest['centre']:g} is not one of the {bins} bins")
@@ -317,10 +325,12 @@ def located(fields: dict, share: np.ndarray, centre: str | float | None = None) 
                  rest.get("origin_detector"), centre=rest["centre"])
     width = 2 * g.sides.max() if len(outermost(g)) == 1 else g.sides.sum()
     y = filled(rest["measurement"], np.ones(share.shape, bool) & rest.get("valid", True))
+    given = "truth" in rest or {"size", "pixel_size"} <= rest.keys()  # so that the image's width is known
     if (edge := truncation(g, torch.from_numpy(y))) > 0.1:
-        told.append(f"the outermost bins read {edge:.0%} of the mean, so projections seem to be truncated, and the "
-                    f"image is {ROOM} times as wide as the field of view (if they look at air, air=True subtracts it)")
-        width *= ROOM
+        wide = "" if given else f", and the image is {ROOM} times as wide as the field of view"
+        told.append(f"the outermost bins read {edge:.0%} of the mean, so projections seem to be truncated{wide} (if "
+                    "they look at air, air=True subtracts it)")
+        width *= 1 if given else ROOM
     rest.setdefault("size", round(width / rest.get("pixel_size", g.sides.sum() / bins)) or 1)
     rest.setdefault("pixel_size", width / _whole("size", rest["size"]))
     if centre == "auto" and not found: rest["centre"], _ = found = _refined(rest)
@@ -351,8 +361,10 @@ def import_fields(path: str | Path,  # whatever `read_fields` reads
         raise TypeError(f"{min(odd)}= is unknown; choose of geometry, size, {', '.join(_LENGTHS)}")
     found = read_fields(path, row, degrees, flat, dark, variable)
     known = {key: value for key, value in found.items() if key in (*_FIELDS, "flat", "dark")}
-    fields, share, told = measured(dict(name=Path(path).stem) | known | given, counts, air)
-    fields, more = located(fields, share, centre)
+    try:
+        fields, share, told = measured(dict(name=Path(path).stem) | known | given, counts, air)
+        fields, more = located(fields, share, centre)
+    except (TypeError, ValueError) as error: raise ValueError(f"{path}: {error}") from error
     if left := sorted(found.keys() - known.keys()): more.append(f"left out, as not understood: {', '.join(left)}")
     dropped = ("measurement", "noise_std") if "counts" in fields else ()
     return {key: value for key, value in fields.items() if key not in dropped}, told + more

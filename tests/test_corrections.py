@@ -159,3 +159,13 @@ def test_the_beam_is_steadied(tmp_path):
         assert any("beam varies between views by 0.03" in word for word in told)
         assert np.abs(left - y).mean() < 0.006  # noise of 0.0045 to 0.01
     assert any("air=True subtracts it" in word for word in import_fields(tmp_path / "s.npz", centre=29.5)[1])
+
+
+@pytest.mark.parametrize("y, words", [
+    (np.ones((60, 30)), "differ too little"), (np.zeros((60, 30)), "differ too little"), (np.ones((60, 29)), "of shape (60, 30)"),
+    (np.full((60, 30), np.nan), "finite line integrals")])
+def test_readings_that_say_nothing_of_hardening(y, words):
+    with pytest.raises(ValueError) as error: find_hardening(y, parallel_beam(np.arange(60) * np.pi / 60, (20, 20), 30).geometry)
+    assert words in str(error.value)
+    vectors = vector_beam(*parallel_beam(np.arange(60.), (20, 20), 30).geometry.vectors(), (20, 20), 30, fan=False)
+    with pytest.raises(TypeError, match="views of their own"): find_hardening(y, vectors.geometry)

@@ -15,10 +15,10 @@ from dip_uq.cli import main
 from dip_uq.corrections import air_offset, find_centre, line_integrals, transmission, valid_readings
 from dip_uq.data import Scan, ellipses, walnut
 from dip_uq.doubts import cramped, doubts, widened
-from dip_uq.formats import READERS, midplane, read_fields
+from dip_uq.formats import READERS, midplane, read_fields, write_nexus
 from dip_uq.operators import MatrixOperator
-from dip_uq.rays import fan_beam, parallel_beam, ray_matrix
-from dip_uq.scans import load_scan, save_scan
+from dip_uq.rays import fan_beam, parallel_beam, ray_matrix, vector_beam
+from dip_uq.scans import import_fields, load_scan, save_scan
 
 MEASURED = Path(os.environ.get("DIP_UQ_DATA", "none")) / "measured"
 needs_measured = pytest.mark.skipif(not MEASURED.is_dir(), reason="set DIP_UQ_DATA to a folder with measured/")
@@ -551,3 +551,92 @@ def chords(starts, ends, centre, radius):
 def test_no_midplane(views, row, message):
     with pytest.raises(ValueError) as error: midplane(views, row)
     assert message in str(error.value)
+
+
+# What was read, and then silently taken for something else, or told in words that do not help
+
+@pytest.fixture
+def foreign(tmp_path):
+    "Writes a sinogram of 24 views and 40 bins, whose axis is at bin 20.3, with what else a file may say."
+    degrees = np.arange(24) * 7.5
+    y = parallel_beam(np.deg2rad(degrees), (32, 32), 40, centre=20.3)(walnut(32)).numpy()
+    def write(**fields):
+        np.savez(tmp_path / "foreign.npz", **(dict(sinogram=y, theta=degrees) | fields))
+        return tmp_path / "foreign.npz"
+    write.y = y
+    return write
+
+@pytest.mark.parametrize("centre", [17, 17.0, np.float32(17), np.int64(17), np.array(17.0)])
+def test_a_centre_that_is_given_is_taken(centre, foreign): assert import_fields(foreign(), centre=centre)[0]["centre"] == 17
+def test_the_first_bin_is_a_centre(foreign): assert import_fields(foreign(), centre=0)[0]["centre"] == 0
+
+@pytest.mark.parametrize("given, words", [
+    (dict(centre="left"), "centre='left': give a bin, or \"auto\""), (dict(geometry="cone"), "geometry='cone' must be"),
+    (dict(flat=0), "flat=0 is out of range"), (dict(flat=np.float32(np.nan)), "flat=nan"),
+    (dict(degrees=(0, np.inf)), "angles has NaN or infinite numbers")])
+def test_bad_arguments_are_named(given, words, foreign):
+    with pytest.raises(ValueError) as error: import_fields(foreign(), **given)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+def test_bad_fields_are_named_with_the_file(foreign):
+    bad = [(dict(valid=np.ones(7, bool)), "valid has shape (7,) and holds bool"), (dict(center="left"), "centre must hold"),
+           (dict(valid=np.ones(40, int)), "valid has shape (40,) and holds int64"), (dict(pixel_size=[1, 2]), "pixel_size has two"),
+           (dict(counts=foreign.y), "give it as flat"), (dict(counts=foreign.y, blank=0), "reads nothing; check flat"),
+           (dict(sinogram=foreign.y[:0], theta=[]), "has shape (0, 40)")]
+    for fields, words in bad:
+        with pytest.raises(ValueError) as error: load_scan(foreign(**fields), bins=40)
+        assert words in str(error.value) and "foreign.npz: " in str(error.value)
+
+def test_a_number_for_the_beam_goes_before_frames_in_the_file(tmp_path):
+    path, _ = pictures(tmp_path)
+    fields = read_fields(path, angles=(0, 165), flat=np.int64(700))
+    assert fields["blank"] == 700 and "flat" not in fields
+    dark = DARK[:, ROWS // 2].mean(0)
+    y = import_fields(path, (0, 165), flat=700, centre=8)[0]["measurement"]
+    np.testing.assert_allclose(y, -np.log((COUNTS[:, ROWS // 2] - dark) / (700 - dark)), atol=1e-5)
+
+def test_the_axis_of_readings_without_their_minus(foreign):
+    plus, minus = (find_centre(y, np.arange(24) * 7.5) for y in (foreign.y, 3 - foreign.y))
+    assert plus == pytest.approx(minus, abs=1e-3) and abs(plus[0] - 20.3) < 0.2
+
+@pytest.mark.parametrize("y", [np.ones((24, 40)), np.zeros((24, 40))])
+def test_readings_that_say_nothing_of_an_axis(y, foreign):
+    fields, told = import_fields(foreign(sinogram=y))
+    assert fields["centre"] == 19.5 and "the readings do not show where the axis is" in "".join(told)
+
+def test_of_a_limited_arc_no_axis_is_found(tmp_path):
+    "Views of it are consistent for many axes, up to 24 bins beside the truth, each with a small standard error."
+    y, degrees, _ = scanned(ellipses, 80, 120, 46.3, 100, 0.02, 3)
+    np.savez(tmp_path / "arc.npz", sinogram=y, theta=degrees)
+    fields, told = import_fields(tmp_path / "arc.npz")
+    assert fields["centre"] == 49.5 and any("so the axis is open; give it as centre; it is taken" in t for t in told)
+    with pytest.raises(ValueError, match="a wedge of 6[12]°"): import_fields(tmp_path / "arc.npz", centre="auto")
+
+def test_an_image_whose_width_is_given_is_not_said_to_be_wider(foreign):
+    cut = foreign.y[:, 8:32]
+    assert import_fields(foreign(sinogram=cut))[0]["size"] == 36
+    for given in dict(size=24, pixel_size=1.0), dict(truth=np.ones((24, 24))):
+        fields, told = import_fields(foreign(sinogram=cut, **({} if "size" in given else given)), **(given if "size" in given else {}))
+        assert (fields["size"], fields["pixel_size"]) == (24, 1) and any("truncated" in doubt for doubt in told)
+        assert not any("wide" in doubt for doubt in told)
+
+@pytest.mark.filterwarnings("error")
+def test_one_view_is_read_without_complaints_of_numpy(foreign):
+    assert import_fields(foreign(sinogram=foreign.y[:1], theta=[0]))[0]["measurement"].shape == (1, 40)
+
+def test_half_a_detector_in_vectors_is_known_too():
+    "The same scanner said in another way: no false alarm, and no wider image."
+    for A in (fan_beam(np.arange(36) * np.pi / 18, (32, 32), 30, 1.6, 100., 50., centre=4.),
+              parallel_beam(np.arange(36) * np.pi / 18, (32, 32), 20, centre=3.)):
+        g = A.geometry
+        V = vector_beam(*g.vectors(), (32, 32), g.bins, fan=g.fan)
+        for B in A, V:
+            scan = Scan(B(walnut(32)), B)
+            assert not cramped(scan) and not any("outermost" in doubt for doubt in doubts(scan))
+
+def test_nexus_of_any_name(tmp_path):
+    "Text in HDF5 ends with a null; a run must not fail for it when all is done."
+    write_nexus(tmp_path / "r.nxs", np.ones((2, 3)), pixel_size=(2.0, 1.0), unit="1/m\0m", name="a\0b")
+    with h5py.File(tmp_path / "r.nxs") as f:
+        assert f["entry/title"][()] == b"ab" and f["entry/data/data"].attrs["units"] == "1/mm"
+        assert f["entry/data/y"][()].tolist() == [1, -1] and f["entry/data/x"][()].tolist() == [-1, 0, 1]

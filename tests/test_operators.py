@@ -700,7 +700,8 @@ def test_cones_are_refused_early():
     assert cone().range_shape == (1, 7, 8) and cone().domain_shape == (4, 5, 6)
     for wrong, words in ((dict(across=along), "along each other"), (dict(source=np.array([[50., 60, 9]])), "in the detector's plane"),
                          (dict(detector=detector[0]), "detector has shape (3,)"), (dict(source=np.full((1, 3), np.nan)), "finite"),
-                         (dict(along=np.zeros((1, 3))), "steps are zero")):
+                         (dict(along=np.zeros((1, 3))), "steps are zero"),
+                         (dict(source=np.array([[1., -2, 1]])), "the source of view 0 is inside the volume")):
         with pytest.raises(ValueError, match=re.escape(words)): cone(**wrong)
     with pytest.raises(ValueError, match="expected \\(D, H, W\\)"): vector_cone(source, detector, across, along, (5, 6), 7, 8)
 
@@ -713,3 +714,14 @@ def test_a_volume_that_moves_with_its_scanner_reads_the_same():
                ((5, [0, -90, 0]), (3, [0, 60, 0]), (0.1, [1, 0, 0]), (0.1, [0, 0, 1]))]
     still, moved = (vector_cone(*(v @ T.T for v in vectors), (6, 8, 8), 9, 12) for T in (np.eye(3), turn))
     np.testing.assert_allclose(moved(volume.rot90(1, (1, 2))), still(volume), atol=1e-6)
+
+
+def test_bad_points_are_named():
+    o = np.ones((3, 2))
+    with pytest.raises(ValueError, match="detector must hold numbers"): vector_beam(o, "far", o, (4, 4), 4)
+    with pytest.raises(ValueError, match="step must hold numbers"): vector_beam(o, o, [[1, 2], [3]], (4, 4), 4)
+    with pytest.raises(ValueError, match="across must hold numbers"): vector_cone(np.ones((3, 3)), np.ones((3, 3)), "x", 1, (4, 4, 4), 4, 4)
+    with pytest.raises(ValueError, match=r"give one number, or 3, \(depth, height, width\)"):
+        ray_matrix([0, 0, -9], [0, 0, 9], (4, 4, 4), (1, 2))
+    with pytest.raises(ValueError) as error: parallel_beam(np.full(99, np.nan), (4, 4), 4)
+    assert str(error.value).startswith("angles of (99,)") and "\n" not in str(error.value)
