@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['transmission', 'line_integrals', 'dead_bins', 'valid_readings', 'stripes', 'air_offset', 'beam_drift', 'check_arc',
-           'find_centre', 'refine_centre', 'straightened', 'find_hardening', 'measured', 'filled']
+           'find_centre', 'refine_centre', 'straightened', 'find_hardening', 'light_and_beam', 'measured', 'filled']
 
 # %% ../nbs/07_corrections.ipynb #06a10003
 from dataclasses import replace
@@ -18,7 +18,7 @@ from scipy.ndimage import maximum_filter, median_filter, minimum_filter
 from .data import Scan, difference_noise
 from .fbp import _unweighted
 from .operators import cgls
-from .rays import Geometry, RayTransform, _directions, _ray_transform
+from .rays import Geometry, RayTransform, _directions, _gaps, _ray_transform
 
 # %% ../nbs/07_corrections.ipynb #05c10004
 def transmission(counts: np.ndarray,  # (views, bins)
@@ -101,8 +101,7 @@ def _unexplained(x: np.ndarray, waves: np.ndarray) -> tuple[np.ndarray, int]:
 
 def check_arc(angles: np.ndarray) -> None: # radians
     "ValueError where a wedge of more than 50° was not seen: then views are consistent for many axes."
-    places = _directions(angles, np.pi)[1]
-    gap = np.rad2deg(np.diff(places, append=places[0] + np.pi).max())
+    gap = np.rad2deg(_gaps(_directions(angles, np.pi)[1], np.pi).max())
     if gap > 50: raise ValueError(f"no view looks along a wedge of {gap:.0f}°, so the axis is open; give it as centre")
 
 def find_centre(y: np.ndarray,  # (views, bins) of a parallel beam past all of the object, or any function of them
@@ -254,6 +253,17 @@ def find_hardening(y: np.ndarray,  # (views, bins) line integrals past all of th
     return b, float(std), left if excess > 1 + 6 / free**0.5 else ""  # of about four standard errors
 
 # %% ../nbs/07_corrections.ipynb #06a10002
+def light_and_beam(counts: np.ndarray,  # (views, bins)
+                   flat: np.ndarray | None, dark: np.ndarray | None,  # (frames, bins)
+                   blank: np.ndarray | None,  # in place of flat: a number, (bins,) or (views, bins)
+                  ) -> tuple[np.ndarray, np.ndarray]:
+    "Readings, and the beam that they are to be compared with; ValueError where the two cannot belong together."
+    if np.ndim(blank) and np.shape(blank) not in (counts.shape, counts.shape[1:]):
+        raise ValueError(f"blank has shape {np.shape(blank)}, but the views {counts.shape}; give another as flat")
+    light, beam = (counts, np.asarray(blank, float)) if flat is None else transmission(counts, flat, dark)
+    if not (beam > 0).any(): raise ValueError("the beam without the object reads nothing; check flat and dark")
+    return light, beam
+
 def measured(fields: dict,  # of `read_fields`
              photons: bool = False,  # are the readings numbers of photons?
              air: bool = False,  # is what the outermost bins read to be subtracted?
@@ -271,12 +281,9 @@ def measured(fields: dict,  # of `read_fields`
         good = np.isfinite(y)
         if y.max() > 9 and (y == np.round(y)).all(): told.append("readings are whole numbers; is the flat missing?")
     else:
-        if np.ndim(blank) and np.shape(blank) not in (counts.shape, counts.shape[1:]):
-            raise ValueError(f"blank has shape {np.shape(blank)}, but the views {counts.shape}; give another as flat")
+        light, beam = light_and_beam(counts, flat, dark, blank)
         frames = [f"{len(v)} {name}" for name, v in dict(flat=flat, dark=dark).items() if v is not None]
         told.append(f"readings are counts, with {' and '.join(frames) + ' frames' if frames else 'a blank'}")
-        light, beam = (counts, np.asarray(blank, float)) if flat is None else transmission(counts, flat, dark)
-        if not (beam > 0).any(): raise ValueError("the beam without the object reads nothing; check flat and dark")
         y, _, good = line_integrals(light, beam)
         share = 1 - np.where(np.isfinite(light), light, 0) / np.where(beam > 0, beam, 1)
         if not photons and np.median(light) < 100 and (counts == np.round(counts)).all():

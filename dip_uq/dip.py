@@ -30,7 +30,7 @@ from .files import digest, keep_tensors, kept_tensors, load_tensors, named, save
 from .networks import NETWORKS, UNet, fresh, optimizer_tensors, restore_optimizer, seeded
 from .operators import blur, cgls
 from .plotting import bar, show_image
-from .rays import RayTransform, field_of_view
+from .rays import RayTransform, field_of_view, lies_around
 
 # %% ../nbs/11_dip.ipynb #bf7fd3c4
 def total_variation(image: Tensor) -> Tensor: # image (H, W) or (D, H, W) → ()
@@ -58,8 +58,8 @@ def first_guess(scan: Scan, # only the readings that may be fitted are used
     rough = cgls(A, y, 10)
     _check_peak(y, float(rough.abs().max()))
     scale = extent(rough.abs())
-    if isinstance(A, RayTransform) and 0 < (seen := field_of_view(A).to(rough.device)).double().mean() < 0.6:
-        scale = max(scale, extent(rough.abs()[seen])) # much of the image lies around the field of view
+    if isinstance(A, RayTransform) and lies_around(seen := field_of_view(A)):
+        scale = max(scale, extent(rough.abs()[seen.to(rough.device)]))
     if not isinstance(start, str): return (_real("start", start, rough.shape).to(rough) / scale)[None, None], scale
     if start not in STARTS: raise ValueError(f"start: {start!r} is unknown; choose one of {', '.join(STARTS)}")
     if start == "noise":

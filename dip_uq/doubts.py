@@ -16,14 +16,14 @@ from .corrections import dead_bins
 from .data import Scan, _positive, difference_noise, largest_noise, negative_range
 from .fbp import _unweighted, circular
 from .operators import LinearOperator
-from .rays import Geometry, Rays, RayTransform, _ray_transform, pixel_sides
+from .rays import Geometry, Rays, RayTransform, _gaps, _ray_transform, pixel_sides
 
 # %% ../nbs/08_doubts.ipynb #d0b70002
 def doubts(scan: Scan) -> list[str]:
     "Questions about a scan that can be reconstructed, but looks like a common mistake, most of them about tomography."
     scan = scan.logged
-    A, y = scan.operator, scan.measurement.double()
-    if isinstance(A, RayTransform): y = complete(scan)
+    A = scan.operator
+    y = complete(scan) if isinstance(A, RayTransform) else scan.measurement.double()
     told = [f"noise_std is {r:.1f} times as large as noise can be, if independent, that even a rough image leaves of "
             "the readings; it is estimated instead"] if (r := noise_excess(scan)) > 1 else []
     if (not isinstance(A, RayTransform) or y.mean() >= 0) and (span := negative_range(scan)):
@@ -83,8 +83,7 @@ def in_the_other_unit(angles: np.ndarray) -> bool: # radians
 def outermost(g: Rays) -> list[int]:
     "Bins that look past most objects: both ends, of half a detector that turns all round one, of under 16 bins none."
     if g.bins < 16: return []
-    places = np.sort(g.angles % (2 * np.pi))
-    all_round = np.diff(places, append=places[0] + 2 * np.pi).max() < np.pi / 2
+    all_round = _gaps(np.sort(g.angles % (2 * np.pi)), 2 * np.pi).max() < np.pi / 2
     turning = circular(g)
     return [-int(turning.sides.argmax())] if all_round and turning and turning.lopsided else [0, -1]
 

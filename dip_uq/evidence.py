@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .covariance import Covariance, Model
-from .data import Scan, seen_and_unseen
+from .data import seen_and_unseen
 from .dip import noise_level, total_variation
 from .linearization import FREE, Linearization, is_normalisation, tap_distances
 from .plotting import bar

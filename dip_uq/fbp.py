@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from .operators import LinearOperator, _check_measurement
-from .rays import Geometry, Rays, RayTransform, _cross, _directions, pixel_sides
+from .rays import Geometry, Rays, RayTransform, _cross, _directions, _gaps, pixel_sides
 
 # %% ../nbs/04_fbp.ipynb #d816a5b7
 def _angle_shares(angles, period):
@@ -22,7 +22,7 @@ def _angle_shares(angles, period):
     `period` itself where the angles go all the way round; all in radians.
     """
     which, places = _directions(angles, period)
-    gaps = np.diff(places, append=places[0] + period)
+    gaps = _gaps(places, period)
     first = (gaps.argmax() + 1) % len(gaps)  # so that the widest gap comes last
     which, gaps, places = (which - first) % len(gaps), np.roll(gaps, -first), np.roll(places, -first)
     limited = len(gaps) > 1 and gaps[-1] > 3.5 * gaps[:-1].max() + 1e-6

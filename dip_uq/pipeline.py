@@ -41,7 +41,7 @@ from .linearization import Linearization, check_network, convolutions, with_grad
 from .networks import UNet, seeded
 from .plotting import sections, show_image, small_text, tell
 from .posterior import Posterior
-from .rays import field_of_view
+from .rays import field_of_view, lies_around
 from .scores import draw_calibration, draw_error_against_std
 
 # %% ../nbs/27_pipeline.ipynb #55e9afa0
@@ -366,8 +366,8 @@ def draw_images(axes: Sequence[plt.Axes], s: ImageOnly) -> None: # four axes
 
 def outline(ax: plt.Axes, s: ImageOnly) -> None:
     "The rim of the field of view, where the image reaches far beyond it."
-    inside = s.judged.cpu().numpy()
-    if inside.ndim == 2 and 0 < inside.mean() < 0.6: ax.contour(inside, [0.5], colors="tab:orange", linewidths=0.8)
+    if s.judged.ndim == 2 and lies_around(s.judged):
+        ax.contour(s.judged.cpu().numpy(), [0.5], colors="tab:orange", linewidths=0.8)
 
 def page(rows: int, s: ImageOnly) -> tuple[Figure, np.ndarray]: # axes (rows, 4)
     "A page of `rows` rows, with the figures and doubts of `s` on top."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['pixel_sides', 'ray_matrix', 'Rays', 'Geometry', 'RayTransform', 'parallel_beam', 'fan_beam', 'Views', 'vector_beam',
-           'vector_cone', 'field_of_view']
+           'vector_cone', 'field_of_view', 'lies_around']
 
 # %% ../nbs/03_rays.ipynb #e307940b
 import math
@@ -15,8 +15,7 @@ import scipy.sparse as sp
 import torch
 
 from .files import _check_plain
-from .operators import (LinearOperator, MatrixOperator, _check_measurement, _check_positive, _check_shape, _scaled,
-                              require_memory)
+from .operators import LinearOperator, MatrixOperator, _check_positive, _check_shape, _scaled, require_memory
 
 # %% ../nbs/03_rays.ipynb #98c234f6
 def _to_grid(points, shape, pixel_size):
@@ -182,13 +181,24 @@ class Rays:
     @property
     def gaps(self) -> np.ndarray:
         "Gaps between the directions of central rays, in radians, which add up to pi."
-        places = _directions(self.angles, np.pi)[1]
-        return np.diff(places, append=places[0] + np.pi)
+        return _gaps(_directions(self.angles, np.pi)[1], np.pi)
 
 
-def _points(name, value):
-    try: return np.array(value, float)
-    except (TypeError, ValueError) as error: raise ValueError(f"{name} must hold numbers: {error}") from error
+def _each_view(axes, **vectors):
+    "The arrays (views, len(axes)) of `vectors`; ValueError where they are no finite numbers, or not for the same views."
+    views = np.shape(next(iter(vectors.values())))[:1]
+    for name, given in vectors.items():
+        _check_plain(name, given)
+        try: vectors[name] = v = np.array(given, float)
+        except (TypeError, ValueError) as error: raise ValueError(f"{name} must hold numbers: {error}") from error
+        if v.shape != (*views, len(axes)) or not v.size or not np.isfinite(v).all():
+            raise ValueError(f"{name} has shape {v.shape}: give finite ({', '.join(axes)}) for each view, (views, {len(axes)})")
+    return vectors
+
+def _nearest(places, way):
+    "`way` with length 1, and where lines along it through `places` pass the centre."
+    way = way / np.linalg.norm(way, axis=-1, keepdims=True)
+    return way, places - (places * way).sum(-1, keepdims=True) * way
 
 def _cross(a, b): return a[..., 0] * b[..., 1] - a[..., 1] * b[..., 0]
 
@@ -354,11 +364,7 @@ class Views(Rays):
     angles: np.ndarray = field(init=False, repr=False)  # radians: where rays through the image's centre go, 0: upwards
 
     def __post_init__(self):
-        for name in ("source", "detector", "step"):
-            _check_plain(name, getattr(self, name))
-            value = _points(name, getattr(self, name))
-            if value.shape != (*np.shape(self.source)[:1], 2) or not value.size or not np.isfinite(value).all():
-                raise ValueError(f"{name} has shape {value.shape}: give finite (x, y) for each view, (views, 2)")
+        for name, value in _each_view("xy", source=self.source, detector=self.detector, step=self.step).items():
             object.__setattr__(self, name, value)
         x, y = self.source.T
         object.__setattr__(self, "angles", np.arctan2(x, -y) if self.fan else np.arctan2(-x, y))
@@ -376,9 +382,7 @@ class Views(Rays):
         start, middle, step = (v[:, None] for v in self.vectors())
         along = (np.arange(self.bins * self.rays_per_bin) + .5) / self.rays_per_bin - self.bins / 2
         places = middle + along[:, None] * step
-        if self.fan: return start, places
-        way = start / np.linalg.norm(start, axis=-1, keepdims=True)
-        return way, places - (places * way).sum(-1, keepdims=True) * way
+        return (start, places) if self.fan else _nearest(places, start)
 
     def vectors(self): return self.source, self.detector, self.step
 
@@ -415,13 +419,8 @@ def vector_cone(
     cone: bool = True  # False: rays are parallel
 ) -> MatrixOperator:  # (D, H, W) -> (views, rows, bins)
     "Line integrals of a volume, each view with a source and detector of its own; all lengths are in one unit."
-    named = dict(source=source, detector=detector, across=across, along=along)
-    for name, value in named.items():
-        _check_plain(name, value)
-        named[name] = v = _points(name, value)
-        if v.shape != (len(np.atleast_1d(source)), 3) or not v.size or not np.isfinite(v).all():
-            raise ValueError(f"{name} has shape {v.shape}: give finite (x, y, z) for each view, (views, 3)")
-    start, middle, u, v = (part[:, None, None] for part in named.values())
+    given = _each_view("xyz", source=source, detector=detector, across=across, along=along)
+    start, middle, u, v = (part[:, None, None] for part in given.values())
     if len(shape := _check_shape("shape", shape)) != 3: raise ValueError(f"shape={shape!r}: expected (D, H, W)")
     (rows,), (bins,) = _check_shape("rows", rows), _check_shape("bins", bins)
     way = middle - start if cone else start
@@ -437,8 +436,7 @@ def vector_cone(
     row, place = (np.arange(n) - (n - 1) / 2 for n in (rows, bins))
     ends = middle + row[:, None, None] * v + place[:, None] * u  # (views, rows, bins, 3)
     if not cone:
-        way = way / np.linalg.norm(way, axis=-1, keepdims=True)
-        ends = ends - (ends * way).sum(-1, keepdims=True) * way  # where rays pass the centre
+        way, ends = _nearest(ends, way)
         far = math.hypot(*shape) * pixel_sides(pixel_size, 3).max() * way
         start, ends = ends - far, ends + far
     return MatrixOperator(ray_matrix(start, ends, shape, pixel_size), shape, ends.shape[:3])
@@ -458,6 +456,11 @@ def _directions(angles, period, limit=1e-6):
     return which, np.array(places)
 
 
+def _gaps(places, period):
+    "From each of `places`, which are in order, to the next, and from the last to the first."
+    return np.diff(places, append=places[0] + period)
+
+
 def _thinned(which: np.ndarray, n: int) -> np.ndarray:
     "Positions of `n` projections, evenly spread over directions `which`; none twice before each was taken once."
     order = np.argsort(which, kind="stable")
@@ -473,3 +476,7 @@ def field_of_view(A: LinearOperator) -> torch.Tensor:  # domain_shape, bool
     "The pixels that every projection (index along the first axis of a measurement) sees."
     ones = [torch.ones(A[[i]].range_shape) for i in range(A.range_shape[0])]
     return torch.stack([A[[i]].T(y) != 0 for i, y in enumerate(ones)]).all(0)
+
+def lies_around(seen: torch.Tensor) -> bool:
+    "Is the field of view `seen` so small that more than two fifths of the image lie around it?"
+    return bool(0 < seen.double().mean() < 0.6)

@@ -138,6 +138,7 @@ def _coarser(scanner: Geometry | Views, group: int, pixel_size: Any) -> Geometry
     if isinstance(scanner, Views): return replace(scanner, step=scanner.step * group, **same)
     return replace(scanner, bin_size=scanner.bin_size * group, centre=(scanner.centre + 0.5) / group - 0.5, **same)
 
+# %% ../nbs/09_scans.ipynb #a5e357ad
 def _size(value: Any, where: str) -> tuple[int, ...]:
     "Rows and columns of the image, from both or from the one number that both are."
     sizes = [_whole(f"{where}: size", n) for n in np.ravel(value)]
@@ -218,9 +219,7 @@ def load_scan(path: str | Path,  # .npz in the documented layout, htc2022_…_fu
     stored = _fields_of(path) if kind in (".npz", ".mat") and not reading else {}
     if kind == ".npz" and {"size", "bin_size"} & stored.keys(): # our layout; foreign files say less
         return _scan_from(stored, str(path), angles, size, bins)
-    if kind == ".mat" and "source_origin" in stored:
-        given: dict[str, Any] = dict(angles=angles, size=size, bins=bins)
-        return load_htc2022(path, **{key: value for key, value in given.items() if value is not None})
+    if kind == ".mat" and "source_origin" in stored: return _htc_scan(stored, path, angles, size, bins)
     fields, told = import_fields(path, **reading)
     if told: warnings.warn(f"{path}: {'; '.join(told)}", stacklevel=2)
     if bins is None and size is not None: fields, bins = _fitting(fields, _whole("size", size, 1, fields["size"]))
@@ -258,9 +257,9 @@ def _htc_file(name: str, folder: str | Path | None) -> Path:
                          "pass folder=FOLDER, or put them into $DIP_UQ_DATA/htc2022") from error
 
 # %% ../nbs/09_scans.ipynb #7ee403e5
-def _htc_fields(path: Path) -> dict:
-    "What a file of the challenge and the reconstruction beside it hold, in the layout of `load_scan`."
-    fields, where = _fields_of(path), str(path)
+def _htc_fields(fields: dict, path: Path) -> dict:
+    "What a file of the challenge holds, and the reconstruction beside it, in the layout of `load_scan`."
+    where = str(path)
     y, degrees = _sinogram(_field(fields, "measurement", where), _field(fields, "angles", where), where)
     keep = degrees < degrees[0] + 360  # the last projection repeats the first
     magnified = 1 + _field(fields, "origin_detector", where) / fields["source_origin"]
@@ -273,6 +272,13 @@ def _htc_fields(path: Path) -> dict:
     truth = _fields_of(published, "reconFullFbp")["measurement"]
     truth = _real(str(published), truth, 2 * (_HTC_PIXELS,), torch.float64)
     return fields | dict(truth=truth / fields["pixel_size"])  # per pixel → per millimetre
+
+def _htc_scan(stored: dict, path: Path, angles: int | None, size: int | None, bins: int | None) -> Scan:
+    "What `load_htc2022` makes of what a file holds."
+    angles, size = _whole("angles", 30 if angles is None else angles), _whole("size", 128 if size is None else size)
+    fields = _htc_fields(stored, path)
+    if bins is None: bins = min(_divisors(fields["measurement"].shape[1]), key=lambda d: abs(d - 1.1 * size))
+    return _scan_from(fields, str(path), angles, size, bins)
 
 def load_htc2022(name_or_path: str | Path = "ta",  # "ta", "tb", "solid_disc", or the path of a …_full.mat
                  angles: int = 30,  # projections, evenly spread over the 720 of a full turn
@@ -288,12 +294,11 @@ def load_htc2022(name_or_path: str | Path = "ta",  # "ta", "tb", "solid_disc", o
     """
     if name_or_path in ("ta", "tb", "solid_disc"): path = _htc_file(name_or_path, folder)
     else: path = _open(name_or_path)
-    fields = _htc_fields(path)
-    stored = fields["measurement"].shape[1]
-    if bins is None: bins = min(_divisors(stored), key=lambda d: abs(d - 1.1 * _whole("size", size)))
-    return _scan_from(fields, str(path), _whole("angles", angles), size, bins)
+    return _htc_scan(_fields_of(path), path, angles, size, bins)
 
 # %% ../nbs/09_scans.ipynb #07f10002
+_LENGTHS = "source_origin", "origin_detector", "bin_size", "pixel_size"
+
 def located(fields: dict, share: np.ndarray, centre: str | float | None = None) -> tuple[dict, list[str]]:
     "`fields` with all that `load_scan` needs about lengths and the axis, and doubts."
     rest, told, bins = dict(fields), [], share.shape[1]
@@ -308,23 +313,33 @@ def located(fields: dict, share: np.ndarray, centre: str | float | None = None) 
         told.append("nothing is known about lengths, so they are in bins (bin_size says more)")
     rest.setdefault("bin_size", rest.get("pixel_size", 1.0))
     for key in rest.keys() & {*_LENGTHS}: rest[key] = _positive(key, rest[key])
-    found = None
+    found, lacks = None, ""
     if centre is not None and not isinstance(centre, str): rest["centre"] = centre
     elif centre not in (None, "auto"): raise ValueError(f'centre={centre!r}: give a bin, or "auto"')
-    elif not fan and (centre or "centre" not in rest):
-        try:
-            found = find_centre(share, _real("angles", rest["angles"], dtype=torch.float64).numpy())
-            if not (0 <= found[0] < bins and found[1] < bins / 8):
-                raise ValueError("the readings do not show where the axis is; give it as centre")
-        except ValueError as e:
-            found = None
-            if not centre: told.append(f"{e}; it is taken to be in the middle")
+    elif not fan and (centre or "centre" not in rest): found, lacks = _seen_axis(rest, share)
+    if lacks and not centre: told.append(f"{lacks}; it is taken to be in the middle")
     rest["centre"] = found[0] if found else float(_real("centre", rest.get("centre", (bins - 1) / 2), ()))
     if not 0 <= rest["centre"] < bins: raise ValueError(f"centre={rest['centre']:g} is not one of the {bins} bins")
+    rest, more = _sized(rest)
+    if centre == "auto" and not found: found = _refined(rest)
+    if not found: return rest, told + more
+    more.append(f"the axis is at bin {found[0]:.2f} ± {found[1]:.2f}, as the readings say")
+    return rest | dict(centre=found[0]), told + more
+
+def _seen_axis(fields: dict, share: np.ndarray) -> tuple[tuple[float, float] | None, str]:
+    "The axis of a parallel beam and its standard error by `find_centre`, or None, and what is lacking."
+    try: found = find_centre(share, _real("angles", fields["angles"], dtype=torch.float64).numpy())
+    except ValueError as error: return None, str(error)
+    if 0 <= found[0] < share.shape[1] and found[1] < share.shape[1] / 8: return found, ""
+    return None, "the readings do not show where the axis is; give it as centre"
+
+def _sized(fields: dict) -> tuple[dict, list[str]]:
+    "`fields` with size and pixel_size: as wide as the field of view, or wider if projections are truncated; a doubt."
+    rest, told, bins = dict(fields), [], fields["measurement"].shape[1]
+    y = filled(rest["measurement"], np.ones(rest["measurement"].shape, bool) & rest.get("valid", True))
     g = Geometry(np.deg2rad(rest["angles"]), bins, rest["bin_size"], 1.0, rest.get("source_origin"),
                  rest.get("origin_detector"), centre=rest["centre"])
     width = 2 * g.sides.max() if len(outermost(g)) == 1 else g.sides.sum()
-    y = filled(rest["measurement"], np.ones(share.shape, bool) & rest.get("valid", True))
     given = "truth" in rest or {"size", "pixel_size"} <= rest.keys()  # so that the image's width is known
     if (edge := truncation(g, torch.from_numpy(y))) > 0.1:
         wide = "" if given else f", and the image is {ROOM} times as wide as the field of view"
@@ -333,8 +348,6 @@ def located(fields: dict, share: np.ndarray, centre: str | float | None = None) 
         width *= 1 if given else ROOM
     rest.setdefault("size", round(width / rest.get("pixel_size", g.sides.sum() / bins)) or 1)
     rest.setdefault("pixel_size", width / _whole("size", rest["size"]))
-    if centre == "auto" and not found: rest["centre"], _ = found = _refined(rest)
-    if found: told.append(f"the axis is at bin {found[0]:.2f} ± {found[1]:.2f}, as the readings say")
     return rest, told
 
 def _refined(fields: dict) -> tuple[float, float]:
@@ -346,8 +359,7 @@ def _refined(fields: dict) -> tuple[float, float]:
     group = inner["measurement"].shape[1] // bins
     return (centre + 0.5) * group - 0.5 + fields["centre"] - inner["centre"], std * group
 
-_LENGTHS = "source_origin", "origin_detector", "bin_size", "pixel_size"
-
+# %% ../nbs/09_scans.ipynb #07f1000b
 def import_fields(path: str | Path,  # whatever `read_fields` reads
                   degrees: Any = None,  # of the views: its `angles`; row, flat, dark and variable are its own
                   counts: bool = False,  # are the readings numbers of photons?
