@@ -185,14 +185,15 @@ class Rays:
 
 
 def _each_view(axes, **vectors):
-    "The arrays (views, len(axes)) of `vectors`; ValueError where they are no finite numbers, or not for the same views."
+    "The arrays (views, len(axes)) of `vectors`; ValueError where they are no finite numbers, or not for as many views."
     views = np.shape(next(iter(vectors.values())))[:1]
     for name, given in vectors.items():
         _check_plain(name, given)
         try: vectors[name] = v = np.array(given, float)
         except (TypeError, ValueError) as error: raise ValueError(f"{name} must hold numbers: {error}") from error
         if v.shape != (*views, len(axes)) or not v.size or not np.isfinite(v).all():
-            raise ValueError(f"{name} has shape {v.shape}: give finite ({', '.join(axes)}) for each view, (views, {len(axes)})")
+            raise ValueError(f"{name} has shape {v.shape}: give finite ({', '.join(axes)}) for each view, (views, "
+                             f"{len(axes)})")
     return vectors
 
 def _nearest(places, way):

@@ -219,7 +219,9 @@ def load_scan(path: str | Path,  # .npz in the documented layout, htc2022_…_fu
     stored = _fields_of(path) if kind in (".npz", ".mat") and not reading else {}
     if kind == ".npz" and {"size", "bin_size"} & stored.keys(): # our layout; foreign files say less
         return _scan_from(stored, str(path), angles, size, bins)
-    if kind == ".mat" and "source_origin" in stored: return _htc_scan(stored, path, angles, size, bins)
+    if kind == ".mat" and "source_origin" in stored:
+        given: dict[str, Any] = dict(angles=angles, size=size, bins=bins)
+        return load_htc2022(path, **{key: value for key, value in given.items() if value is not None})
     fields, told = import_fields(path, **reading)
     if told: warnings.warn(f"{path}: {'; '.join(told)}", stacklevel=2)
     if bins is None and size is not None: fields, bins = _fitting(fields, _whole("size", size, 1, fields["size"]))
@@ -257,9 +259,9 @@ def _htc_file(name: str, folder: str | Path | None) -> Path:
                          "pass folder=FOLDER, or put them into $DIP_UQ_DATA/htc2022") from error
 
 # %% ../nbs/09_scans.ipynb #7ee403e5
-def _htc_fields(fields: dict, path: Path) -> dict:
-    "What a file of the challenge holds, and the reconstruction beside it, in the layout of `load_scan`."
-    where = str(path)
+def _htc_fields(path: Path) -> dict:
+    "What a file of the challenge and the reconstruction beside it hold, in the layout of `load_scan`."
+    fields, where = _fields_of(path), str(path)
     y, degrees = _sinogram(_field(fields, "measurement", where), _field(fields, "angles", where), where)
     keep = degrees < degrees[0] + 360  # the last projection repeats the first
     magnified = 1 + _field(fields, "origin_detector", where) / fields["source_origin"]
@@ -272,13 +274,6 @@ def _htc_fields(fields: dict, path: Path) -> dict:
     truth = _fields_of(published, "reconFullFbp")["measurement"]
     truth = _real(str(published), truth, 2 * (_HTC_PIXELS,), torch.float64)
     return fields | dict(truth=truth / fields["pixel_size"])  # per pixel → per millimetre
-
-def _htc_scan(stored: dict, path: Path, angles: int | None, size: int | None, bins: int | None) -> Scan:
-    "What `load_htc2022` makes of what a file holds."
-    angles, size = _whole("angles", 30 if angles is None else angles), _whole("size", 128 if size is None else size)
-    fields = _htc_fields(stored, path)
-    if bins is None: bins = min(_divisors(fields["measurement"].shape[1]), key=lambda d: abs(d - 1.1 * size))
-    return _scan_from(fields, str(path), angles, size, bins)
 
 def load_htc2022(name_or_path: str | Path = "ta",  # "ta", "tb", "solid_disc", or the path of a …_full.mat
                  angles: int = 30,  # projections, evenly spread over the 720 of a full turn
@@ -294,7 +289,10 @@ def load_htc2022(name_or_path: str | Path = "ta",  # "ta", "tb", "solid_disc", o
     """
     if name_or_path in ("ta", "tb", "solid_disc"): path = _htc_file(name_or_path, folder)
     else: path = _open(name_or_path)
-    return _htc_scan(_fields_of(path), path, angles, size, bins)
+    fields = _htc_fields(path)
+    stored = fields["measurement"].shape[1]
+    if bins is None: bins = min(_divisors(stored), key=lambda d: abs(d - 1.1 * _whole("size", size)))
+    return _scan_from(fields, str(path), _whole("angles", angles), size, bins)
 
 # %% ../nbs/09_scans.ipynb #07f10002
 _LENGTHS = "source_origin", "origin_detector", "bin_size", "pixel_size"
