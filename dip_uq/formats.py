@@ -181,6 +181,7 @@ def _txrm(path: Path, variable: str | None) -> Iterator[dict]:
         pixel = _length({"PixelSize": array("ImageInfo/PixelSize")[0]}, "PixelSize") / 1000
         fields = dict(measurement=_Views(len(angles), lambda i: image(f"ImageData{i // 100 + 1}/Image{i + 1}", kind)),
                       angles=angles, bin_size=pixel, pixel_size=pixel, unit="1/mm")
+        if file.exists(shifts := "Alignment/X-Shifts") and array(shifts).any(): fields["x_shifts"] = array(shifts)
         if (source, detector) != (1, 1):
             fields |= dict(geometry="fan", source_origin=source, origin_detector=detector,
                            bin_size=pixel * (source + detector) / source)

@@ -217,7 +217,7 @@ def load_scan(path: str | Path,  # .npz in the documented layout, htc2022_…_fu
     """
     kind = "folder" if (path := as_path("path", path)).is_dir() else _open(path).suffix.lower()
     stored = _fields_of(path) if kind in (".npz", ".mat") and not reading else {}
-    if kind == ".npz" and {"size", "bin_size"} & stored.keys(): # our layout; foreign files say less
+    if kind == ".npz" and len({"size", "pixel_size", "bin_size"} & stored.keys()) > 1: # ours; foreign files say less
         return _scan_from(stored, str(path), angles, size, bins)
     if kind == ".mat" and "source_origin" in stored:
         given: dict[str, Any] = dict(angles=angles, size=size, bins=bins)
@@ -345,7 +345,7 @@ def _sized(fields: dict) -> tuple[dict, list[str]]:
                     "they look at air, air=True subtracts it)")
         width *= 1 if given else ROOM
     rest.setdefault("size", round(width / rest.get("pixel_size", g.sides.sum() / bins)) or 1)
-    rest.setdefault("pixel_size", width / _whole("size", rest["size"]))
+    rest.setdefault("pixel_size", width / _whole("size", rest["size"], 1, 50 * bins)) # finer ones cost and say nothing
     return rest, told
 
 def _refined(fields: dict) -> tuple[float, float]:

@@ -372,7 +372,7 @@ def test_the_axis_of_the_tooth(row):
     ("pet_transmission_ecat921.npz", "angles blank centre counts geometry pixel_size pixel_unit"),
     ("stxm_i18_52x101.npz", "angles centre geometry intensity measurement monitor pixel_size pixel_unit"),
     ("haadf_needle_etspy_x128.npz", "angles centre geometry measurement note pixel_size pixel_unit"),
-    ("txrm_test_chip_tomo.txrm", "angles bin_size measurement pixel_size unit")])
+    ("txrm_test_chip_tomo.txrm", "angles bin_size measurement pixel_size unit x_shifts")])
 def test_foreign_names(name, fields): assert " ".join(sorted(read_fields(MEASURED / name))) == fields
 
 @needs_measured
@@ -380,6 +380,12 @@ def test_txrm():
     fields = read_fields(MEASURED / "txrm_test_chip_tomo.txrm", row=10)
     assert fields["measurement"].shape == (7, 256) and fields["bin_size"] == pytest.approx(1.5578948e-4)
     np.testing.assert_allclose(fields["angles"], np.arange(-45, 46, 15), atol=0.05)
+
+
+def test_a_foreign_archive_may_know_its_bins(tmp_path):
+    np.savez(tmp_path / "some.npz", sinogram=VOLUME[:, 2], theta=DEGREES, bin_size=0.3)
+    with pytest.warns(UserWarning): scan = load_scan(tmp_path / "some.npz")
+    assert scan.operator.geometry.bin_size == 0.3 and scan.measurement.shape == (VIEWS, BINS)
 
 
 # The command
@@ -488,6 +494,7 @@ def test_a_detector_that_sees_one_half_needs_no_room_but_its_image_does(tmp_path
     (("scan.tif", "--angles", "0", "165", "--bin-size", "-1"), "bin_size=-1 is out of range"),
     (("scan.tif", "--angles", "0", "165", "--centre", "400"), "centre=400 is not one of the 16 bins"),
     (("scan.tif", "--angles", "0", "165", "--size", "0"), "size=0 is out of range"),
+    (("scan.tif", "--angles", "0", "165", "--size", "1000"), "size=1000 is out of range: choose 1 to 800"),
     (("scan.tif", "--angles", "0", "165", "--flat", "none.tif"), "none.tif is not a file")])
 def test_import_refuses_in_one_line(argv, words, tmp_path, capsys, monkeypatch):
     stack(tmp_path)
