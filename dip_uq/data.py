@@ -177,6 +177,7 @@ class Scan:
     poisson: bool = False  # the readings are counts of mean A x; `noise_std` is then None
     valid: torch.Tensor | None = None  # bool, for each reading or bin: False where it is missing; None: none is
     blank: torch.Tensor | None = None  # counts without an object: the readings are counts of mean blank exp(−A x)
+    unused: "Scan | None" = None  # more projections of the same image, which are a truth: for scores only
 
     def __post_init__(self):
         if not isinstance(self.operator, LinearOperator):
@@ -198,6 +199,7 @@ class Scan:
         if not isinstance(self.poisson, bool): raise TypeError(f"poisson={self.poisson!r}: pass True or False")
         if self.poisson: _check_counts(self.measurement, self.noise_std)
         put("held_out", _check_held_out(self.held_out, len(self.measurement)))
+        if self.unused is not None: _check_unused(self.unused, self)
 
     @property
     def directions(self) -> np.ndarray:  # (projections,)
@@ -231,7 +233,7 @@ class Scan:
 
     def to(self, device: str | torch.device) -> "Scan":
         "The same scan with its tensors on `device`; operators follow the device of what they are given."
-        moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if torch.is_tensor(v)}
+        moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, (torch.Tensor, Scan))}
         return replace(self, **moved)
 
     def fingerprint(self) -> torch.Tensor:  # of the operator's range_shape
@@ -362,6 +364,11 @@ def _without_missing(measurement: Any, valid: torch.Tensor) -> Any:
     "The measurement with zeros where it is missing, whatever may be there."
     if torch.is_tensor(measurement): return measurement.masked_fill(~valid.to(measurement.device), 0)
     return np.where(valid.cpu().numpy(), np.ma.getdata(measurement), 0)
+
+def _check_unused(unused: Any, scan: Scan) -> None:
+    if not isinstance(unused, Scan): raise TypeError(f"unused is a {type(unused).__name__}; pass a Scan")
+    if unused.poisson != scan.poisson: raise ValueError("unused: counts or not must be as in the scan itself")
+    _check_shape("unused.operator.domain_shape", unused.operator.domain_shape, scan.operator.domain_shape)
 
 def _check_held_out(held_out: Any, count: int) -> tuple[int, ...]:
     "Sorted positions, or an error: they must be different, below `count`, and leave something to fit."

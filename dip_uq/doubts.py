@@ -141,5 +141,6 @@ def widened(scan: Scan, factor: float = ROOM) -> Scan:
     A = scan.operator
     if not isinstance(A, RayTransform): raise TypeError(f"scan.operator is a {type(A).__name__}, not a RayTransform")
     shape = tuple(n + 2 * round(n * (_positive("factor", factor) - 1) / 2) for n in A.domain_shape)
-    wide = _ray_transform(A.geometry, shape)
-    return replace(scan, operator=wide if A.weights is None else wide.weighted(A.weights), truth=None)
+    wide, rest = _ray_transform(A.geometry, shape), scan.unused
+    return replace(scan, operator=wide if A.weights is None else wide.weighted(A.weights), truth=None,
+                   unused=None if rest is None else widened(rest, factor))

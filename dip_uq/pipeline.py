@@ -28,7 +28,8 @@ from scipy.stats import spearmanr
 from skimage.metrics import structural_similarity
 from torch import Tensor, nn
 
-from .calibration import HeldOutCheck, check_held_out, coverage, held_out_errors, log_likelihood, z_std
+from .calibration import (HeldOutCheck, RayCheck, check_held_out, check_unused, coverage, held_out_errors,
+                                log_likelihood, z_std)
 from .covariance import announce, require_dense
 from .data import Scan, _whole, difference_noise, seen_and_unseen
 from .dip import Reconstruction, check_arguments, gaussian, psnr, reconstruct
@@ -42,7 +43,7 @@ from .networks import UNet, seeded
 from .plotting import sections, show_image, small_text, tell
 from .posterior import Posterior
 from .rays import field_of_view, lies_around
-from .scores import draw_calibration, draw_error_against_std
+from .scores import draw_calibration, draw_error_against_std, miscalibration, reliability
 
 # %% ../nbs/27_pipeline.ipynb #55e9afa0
 BELIEVED = 1.5 # times the noise that a scan claims is what a fit may leave of its rays
@@ -174,6 +175,7 @@ class Solution(ImageOnly):
     check: HeldOutCheck
     std: Tensor # (H, W), the standard deviation of every pixel, corrected by the held-out rays
     std_method: str # "exact", or how many samples
+    unused: RayCheck | None = None # what projections say that had no part in all this: those of `scan.unused`
 
     @property
     def image(self) -> Tensor: # (H, W)
@@ -188,17 +190,27 @@ class Solution(ImageOnly):
     @property
     def tensors(self) -> dict[str, Tensor]: return dict(image=self.image, std=self.std, raw_std=self.raw_std)
 
+    @property
+    def verdict(self) -> str:
+        "Are these error bars honest, too short, or cannot rays tell? Unused ones decide, where they can."
+        if self.unused and self.unused.sees: return self.unused.verdict
+        if not self.check.sees: return "cannot tell"
+        return "honest" if self.check.z_std < 2 else "too short" # what is less has been corrected
+
     @cached_property
     def doubts(self) -> list[str]:
         "What may be wrong with this result, in words: `doubts` of the scan, then those of the fit and its check."
         check, few = self.check, f"{self.check.scale_error:.0%}"
+        unused = self.unused or check
         found = {"the error bars are as long as the values of the image are apart: the readings leave much open that "
                  "no held-out one shows; the image is the fit alone": too_long(self.std, self.recon.image),
                  f"the held-out rays are {check.z_std:.1f} times as far off as predicted; do operator and noise_std "
                  "describe this scan? Look at angles, lengths and the centre of rotation": not 0.6 < check.z_std < 2,
                  "the held-out rays cannot tell whether the error bars are honest, so these are untested: " +
                  (f"{1 - check.image_share:.0%} of the rays' variance is noise" if check.image_share < 0.05 else
-                  f"the rays are too few, the scale of the bars would be uncertain by {few}"): not check.sees}
+                  f"the rays are too few, the scale of the bars would be uncertain by {few}"): not check.sees,
+                 f"projections that were not used are {unused.z_std:.1f} times as far off as predicted, so the error bars "
+                 f"are too short, by about {unused.scale:.1f}": self.unused and unused.verdict == "too short"}
         return super().doubts + [doubt for doubt, told in found.items() if told]
 
     def summary(self) -> dict:
@@ -210,20 +222,25 @@ class Solution(ImageOnly):
             parameters=sum(m.weight.numel() for m in convolutions(self.recon.net).values()),
             heldout_zstd=check.z_std, heldout_coverage95=check.coverage95, heldout_scale=check.scale,
             heldout_scale_error=check.scale_error, correction=check.correction,
-            heldout_agreement=check.agreement, share=self.posterior.share,
+            heldout_share=check.image_share, heldout_agreement=check.agreement, share=self.posterior.share,
+            verdict=self.verdict, **{f"unused_{name}": getattr(self.unused, name, None) for name in
+                                     ("z_std", "coverage95", "image_share", "joint_z", "scale", "scale_error")},
             noise_std=evidence.noise_std, std_method=self.std_method,
             evidence=dict(value=evidence.value, method=evidence.covariance.kind, objective=evidence.objective,
                           evaluations=evidence.evaluations),
             prior={b: dict(variance=prior.variance[b], length=prior.length[b]) for b in prior.blocks})
 
     def scores(self, std: Tensor, where: Tensor | None = None) -> dict:
-        "zstd, coverage95, log likelihood per pixel and rank correlation of `std` with |error|; None without truth."
-        if self.scan.truth is None: return dict.fromkeys(("zstd", "coverage95", "log_likelihood", "spearman"))
+        "Scores of `std`: z, coverage, log likelihood, reliability and rank correlation with |error|; None without truth."
+        names = "zstd", "coverage95", "log_likelihood", "miscalibration", "tenths", "spearman"
+        if self.scan.truth is None: return dict.fromkeys(names)
         where = torch.ones_like(std, dtype=torch.bool) if where is None else where.to(std.device)
         error, std = (self.image - self.scan.truth)[where], std[where]
-        rank = float(spearmanr(error.abs().cpu(), std.cpu())[0]) # NaN where one of the two is constant
-        return dict(zstd=z_std(error, std), coverage95=coverage(error, std), log_likelihood=log_likelihood(error, std),
-                    spearman=None if math.isnan(rank) else rank)
+        predicted, found = reliability(error, std)
+        each = miscalibration(error, std), float(spearmanr(error.abs().cpu(), std.cpu())[0]) # not finite, in odd cases
+        crooked, rank = (score if math.isfinite(score) else None for score in each)
+        return dict(zip(names, (z_std(error, std), coverage(error, std), log_likelihood(error, std), crooked,
+                                (found / predicted).tolist(), rank)))
 
     def image_scores(self) -> dict:
         "The same, with those of the error bars in the field of view."
@@ -342,9 +359,10 @@ def solve(scan: Scan, # what was measured
             std = (posterior.sampled_std(samples, recon.settings["seed"], progress) if samples
                    else posterior.std(progress=progress))
             if not too_long(std, recon.image): break # otherwise held-out rays leave open what they are to decide
+        unused = check_unused(posterior)
     lin.state = State() # what is asked later is not of this run
     seconds["total"] = perf_counter() - began
-    return Solution(scan, recon, seconds, posterior, check, std, f"{samples} samples" if samples else "exact")
+    return Solution(scan, recon, seconds, posterior, check, std, f"{samples} samples" if samples else "exact", unused)
 
 # %% ../nbs/27_pipeline.ipynb #91bad34d
 def draw_images(axes: Sequence[plt.Axes], s: ImageOnly) -> None: # four axes
@@ -387,7 +405,8 @@ def draw_report(s: Solution) -> Figure:
     if truth is not None:
         error, seen = (s.image - truth).abs().cpu(), s.judged
         show_image(axes[1, 1], sections(error), "|error|", unit, 0, float(std.max()), cmap="magma")
-        draw_error_against_std(axes[1, 2], error[seen], std[seen], unit)
+        draws = torch.cat(list(s.posterior.deviations(64))).cpu()
+        draw_error_against_std(axes[1, 2], error[seen], std[seen], unit, draws[:, seen])
     else:
         for ax in axes[1, 1:3]: ax.set_axis_off()
     draw_honesty(axes[1, 3], s)
@@ -406,9 +425,13 @@ def headline(summary: dict) -> str:
     bars = "heldout_zstd" in summary
     lines = [f"{summary['name']}  ·  {len(summary['held_out'])} of the projections held out" +
              (f", z-std of their rays {summary['heldout_zstd']:.2f}" if bars else "")]
+    if bars:
+        unused = summary["unused_z_std"]
+        lines[0] += ("" if unused is None else f", of unused ones {unused:.2f}") + f"  ·  bars: {summary['verdict']}"
     if summary["psnr"] is not None:
         for where, scores in (("all pixels", summary), ("field of view", summary["field_of_view"])):
             if scores is None: continue
             said = "  ·  z-std {zstd:.2f}  ·  coverage of 95 % intervals {coverage95:.2f}" * bars
+            if bars and scores["miscalibration"] is not None: said += "  ·  miscalibration {miscalibration:.2f}"
             lines.append(f"{where}  ·  PSNR {scores['psnr']:.1f} dB" + said.format(**scores))
     return "\n".join(lines)

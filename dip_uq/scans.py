@@ -81,20 +81,23 @@ def _scan_from(fields: Mapping, where: str, angles: int | None = None, size: int
     index = _thinned(scanner.directions, _whole("angles", len(y) if angles is None else angles, 1, len(y)))
     each = _each_reading(fields, y, where)
     _, group = _bin(y, bins, where)
-    y, each = _grouped(y[index], {key: value[index] for key, value in each.items()}, group)
     full = _size(_field(fields, "size", where), where)
     size = _whole("size", max(full) if size is None else size, 1, max(full))
     shape = tuple(max(1, round(n * size / max(full))) for n in full)
     sides = pixel_sides(scanner.pixel_size) * (np.array(full) / shape)
-    truth, noise_std = fields.get("truth"), fields.get("noise_std")
+    truth, noise_std, same = fields.get("truth"), fields.get("noise_std"), {}
     if noise_std is not None and "noise_std" not in each:
-        each["noise_std"] = _positive(f"{where}: noise_std", noise_std, zero=True) / group**0.5
+        same["noise_std"] = _positive(f"{where}: noise_std", noise_std, zero=True) / group**0.5
     if truth is not None: truth = _pixels(_real(f"{where}: truth", truth, full), shape)
     held_out, unit, name = (fields.get(*item) for item in (("held_out", ()), ("unit", ""), ("name", Path(where).stem)))
-    try:
+    def part(index, **more):
         operator = _ray_transform(_coarser(scanner.part(index), group, _sides("pixel_size", sides)), shape)
-        return Scan(y, operator, truth, held_out=() if angles else held_out, pixel_size=operator.geometry.pixel_size,
-                    unit=str(unit), name=str(name), **each)
+        readings, own = _grouped(y[index], {key: value[index] for key, value in each.items()}, group)
+        return Scan(readings, operator, pixel_size=operator.geometry.pixel_size, unit=str(unit), name=str(name),
+                    **same, **own, **more)
+    rest = _left_out(scanner.directions, index)
+    if "valid" in each: rest = rest[each["valid"][rest].any(1)]
+    try: return part(index, truth=truth, held_out=() if angles else held_out, unused=part(rest) if len(rest) else None)
     except (TypeError, ValueError) as error: raise ValueError(f"{where}: {error}") from error
 
 # %% ../nbs/09_scans.ipynb #a5e357ab
@@ -130,6 +133,12 @@ def _same(fields: Mapping, where: str) -> dict[str, Any]:
     "What is said of every scanner in the same way."
     return dict(pixel_size=_sides(f"{where}: pixel_size", _field(fields, "pixel_size", where)),
                 rays_per_bin=_whole(f"{where}: rays_per_bin", fields.get("rays_per_bin", 1)))
+
+def _left_out(directions: np.ndarray, chosen: np.ndarray, most: int = 4) -> np.ndarray:
+    "Up to `most` views, evenly spread, along none of the directions of those that are `chosen`."
+    rest = np.flatnonzero(~np.isin(directions, directions[chosen]))
+    n = min(most, len(rest))
+    return rest[(2 * np.arange(n) + 1) * len(rest) // (2 * max(n, 1))]
 
 def _coarser(scanner: Geometry | Views, group: int, pixel_size: Any) -> Geometry | Views:
     "The same with `group` neighbouring bins as one, whose rays it keeps, and other pixels."
@@ -211,7 +220,7 @@ def load_scan(path: str | Path,  # .npz in the documented layout, htc2022_…_fu
     `detector` (the place of its middle) and `step` (from bin to bin), all (views, 2), see `vector_beam`. Where bins are
     averaged, so are the operator's rays, and `noise_std` is divided by the square root of their number; `held_out`
     counts the stored projections, so it is left out when `angles` is given. These are evenly spread by direction, and
-    repeats among them only where there are no other directions. `centre` is the bin, from 0, of the rotation axis;
+    repeats among them only where there are no other directions; four of the others become `unused`, for scores. `centre` is the bin, from 0, of the rotation axis;
     `noise_std` and `valid` (False: missing) may be given for each bin or reading. In place of line integrals there may
     be `counts`, with the `blank` that is counted without an object: a number, or for each bin or reading.
     """
