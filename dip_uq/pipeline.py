@@ -29,7 +29,7 @@ from skimage.metrics import structural_similarity
 from torch import Tensor, nn
 
 from .calibration import (HeldOutCheck, RayCheck, check_held_out, check_unused, coverage, held_out_errors,
-                                log_likelihood, z_std)
+                                log_likelihood, shortest_interval, z_std)
 from .covariance import announce, require_dense
 from .data import Scan, _whole, difference_noise, seen_and_unseen
 from .dip import Reconstruction, check_arguments, gaussian, psnr, reconstruct
@@ -63,6 +63,11 @@ class ImageOnly:
     @property
     def tensors(self) -> dict[str, Tensor]:
         "What result.safetensors holds."
+        return dict(image=self.image)
+
+    @property
+    def pictures(self) -> dict[str, Tensor]:
+        "What TIFF files hold."
         return dict(image=self.image)
 
     @property
@@ -143,7 +148,8 @@ class ImageOnly:
         cannot be drawn is a warning.
         """
         self.save_figures(Path(folder))
-        for bars in ("posterior.safetensors", "std.tif", "samples.npz"): (Path(folder) / bars).unlink(missing_ok=True)
+        for bars in ("posterior.safetensors", "std.tif", "interval68.tif", "interval95.tif", "samples.npz"):
+            (Path(folder) / bars).unlink(missing_ok=True)
         self.save_report(Path(folder))
 
     def save_figures(self, folder: Path) -> None:
@@ -155,8 +161,8 @@ class ImageOnly:
         if side := self.scan.pixel_size: # mm, so that there are 10 / side pixels to a centimetre, along x and y
             across = (10 / np.broadcast_to(side, self.image.ndim)[:-3:-1]).tolist()
             scale = dict(resolution=across, resolutionunit="CENTIMETER")
-        for name in {"image", "std"} & self.tensors.keys():
-            grey = partial(tifffile.imwrite, data=self.tensors[name].cpu().numpy(), photometric="minisblack", **scale)
+        for name, picture in self.pictures.items():
+            grey = partial(tifffile.imwrite, data=picture.cpu().numpy(), photometric="minisblack", **scale)
             write_by(folder / f"{name}.tif", grey)
         image, std = (self.tensors[name].cpu().numpy() if name in self.tensors else None for name in ("image", "std"))
         if find_spec("h5py"): write_nexus(folder / "result.nxs", image, std, side, self.scan.unit, self.scan.name)
@@ -191,6 +197,18 @@ class Solution(ImageOnly):
     def tensors(self) -> dict[str, Tensor]: return dict(image=self.image, std=self.std, raw_std=self.raw_std)
 
     @property
+    def pictures(self) -> dict[str, Tensor]:
+        "What TIFF files hold: intervals are pairs of pictures."
+        both = {f"interval{100 * level:.0f}": torch.stack(self.interval(level)) for level in (0.68, 0.95)}
+        return dict(image=self.image, std=self.std) | both
+
+    def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]: # both (H, W)
+        "The shortest that holds a pixel with the probability `level`; no lower than where the network's range begins."
+        lowest = self.recon.lowest if (self.recon.image >= self.recon.lowest).all() else -math.inf
+        low, high = shortest_interval(self.image, self.std, level, lowest)
+        return low.to(self.std), high.to(self.std)
+
+    @property
     def verdict(self) -> str:
         "Are these error bars honest, too short, or cannot rays tell? Unused ones decide, where they can."
         if self.unused and self.unused.sees: return self.unused.verdict
@@ -218,7 +236,7 @@ class Solution(ImageOnly):
         evidence, check = self.posterior.evidence, self.check
         prior = evidence.prior
         return super().summary() | self.scores(self.std) | dict(
-            raw=self.scores(self.raw_std),
+            raw=self.scores(self.raw_std), intervals={f"{level:.0%}": self.held(level) for level in (0.68, 0.95)},
             parameters=sum(m.weight.numel() for m in convolutions(self.recon.net).values()),
             heldout_zstd=check.z_std, heldout_coverage95=check.coverage95, heldout_scale=check.scale,
             heldout_scale_error=check.scale_error, correction=check.correction,
@@ -229,6 +247,14 @@ class Solution(ImageOnly):
             evidence=dict(value=evidence.value, method=evidence.covariance.kind, objective=evidence.objective,
                           evaluations=evidence.evaluations),
             prior={b: dict(variance=prior.variance[b], length=prior.length[b]) for b in prior.blocks})
+
+    def held(self, level: float) -> dict:
+        "Mean length of the intervals of this level and, with truth, the shares of it that they hold, and beyond either end."
+        low, high = self.interval(level)
+        found = dict(length=float((high - low).mean()), held=None, below=None, above=None)
+        if (truth := self.scan.truth) is None: return found
+        below, above = (float(out.double().mean()) for out in (truth < low, truth > high))
+        return found | dict(held=1 - below - above, below=below, above=above)
 
     def scores(self, std: Tensor, where: Tensor | None = None) -> dict:
         "Scores of `std`: z, coverage, log likelihood, reliability and rank correlation with |error|; None without truth."
@@ -254,8 +280,9 @@ class Solution(ImageOnly):
 
     def save(self, folder: str | Path, progress: bool = False) -> None: # True: bars where it takes long
         """Write to `folder` posterior.safetensors (see `Posterior.load`), result.safetensors (image, std, raw_std),
-        summary.json, and for other programs image.tif, std.tif, samples.npz (16 posterior images), report.png and, if
-        h5py is installed, result.nxs (NeXus: image and its errors).
+        summary.json, and for other programs image.tif, std.tif, interval68.tif, interval95.tif (two pictures each: lower
+        and upper ends), samples.npz (16 posterior images), report.png and, if h5py is installed, result.nxs (NeXus:
+        image and its errors).
 
         Each file appears whole or not at all, the picture last; one that cannot be drawn is a warning.
         """

@@ -18,7 +18,8 @@ from dip_uq.posterior import Posterior
 from dip_uq.rays import Geometry, fan_beam, parallel_beam, vector_beam
 from dip_uq.scans import load_htc2022
 
-FILES = {"posterior.safetensors", "result.safetensors", "summary.json", "image.tif", "std.tif", "samples.npz", "report.png", "result.nxs"}
+FILES = {"posterior.safetensors", "result.safetensors", "summary.json", "image.tif", "std.tif", "interval68.tif", "interval95.tif", "samples.npz",
+         "report.png", "result.nxs"}
 
 
 def random(*shape): return torch.rand(*shape, generator=torch.Generator().manual_seed(0))
