@@ -10,8 +10,9 @@ __all__ = ['z_std', 'coverage', 'log_likelihood', 'shortest_interval', 'RayCheck
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from scipy.special import ndtri
+from scipy.special import log_ndtr, ndtr, ndtri, ndtri_exp
 from torch import Tensor
 
 from .dip import gaussian
@@ -47,12 +48,12 @@ def shortest_interval(mean: Tensor, std: Tensor, level: float = 0.95, # tensors 
                       lowest: float = -math.inf, # what no value lies below
                      ) -> tuple[Tensor, Tensor]: # its ends, in float64
     "The shortest interval that holds the share `level` of that part of N(mean, std²) which is not below `lowest`."
-    z = _standardised(mean - lowest, std) if lowest > -math.inf else torch.full_like(mean, math.inf, dtype=torch.double)
     if not 0 < level < 1: raise ValueError(f"level: {level} is no share; choose one between 0 and 1, such as 0.95")
-    kept = torch.special.ndtr(z)
-    k = torch.special.ndtri(0.5 + level * kept / 2)
+    z = (_standardised(mean, std) - lowest / std.double()).cpu().numpy()
+    k = ndtri(0.5 + level * ndtr(z) / 2)
     cut = k > z # the lower end would lie below
-    above = torch.where(cut, -torch.special.ndtri((1 - level) * kept), k)
+    above = np.where(cut, -ndtri_exp(math.log1p(-level) + log_ndtr(z)), k)
+    k, above, cut = (torch.as_tensor(v, device=std.device) for v in (k, above, cut))
     return torch.where(cut, lowest, mean - k * std), mean + above * std
 
 # %% ../nbs/23_calibration.ipynb #68b2e465

@@ -19,7 +19,7 @@ from skimage.transform import resize_local_mean
 
 import dip_uq.scans as scans
 from dip_uq.data import Scan, ellipses, gaussian_noise, poisson_noise, rectangles, shepp_logan, simulate, walnut
-from dip_uq.doubts import doubts, in_the_other_unit, limited
+from dip_uq.doubts import doubts, in_the_other_unit, limited, widened
 from dip_uq.operators import MatrixOperator, as_operator, mask
 from dip_uq.rays import Geometry, RayTransform, Views, _thinned, fan_beam, parallel_beam, vector_beam
 from dip_uq.scans import import_fields, load_htc2022, load_scan, save_scan
@@ -70,6 +70,10 @@ BAD_SCANS = dict(
     counts_as_numbers=(dict(poisson=np.ones(12)), "pass True or False"),
     sparse=(dict(measurement=Y.to_sparse()), "measurement is a sparse, quantised or meta tensor"),
     meta=(dict(measurement=Y.to("meta")), "measurement is a sparse, quantised or meta tensor"),
+    unused_readings=(dict(unused=Y), "unused is a Tensor; pass a Scan"),
+    unused_image=(dict(unused=Scan(torch.ones(2, 3), as_operator(torch.ones(6, 4), (2, 2), (2, 3)))),
+                  "unused.operator.domain_shape has shape (2, 2), but (16, 16) is needed"),
+    unused_counts=(dict(unused=Scan(Y, A, poisson=True)), "unused: counts or not must be as in the scan itself"),
 )
 
 
@@ -434,6 +438,26 @@ def test_round_trip_of_views_by_themselves(tmp_path_factory, fan, count, bins, s
     again = load_scan(path)
     assert torch.equal(again.operator(image), operator(image)) and again.operator.geometry.fan == fan
     assert torch.allclose(again.truth, image, atol=1e-6) and np.all(again.pixel_size == np.array(pixel_size))
+
+
+@pytest.mark.parametrize("counts", [False, True])
+def test_what_is_left_out_is_a_witness(counts, tmp_path):
+    "Four projections along none of the directions that are used; with the same bins, noise and missing readings."
+    operator = parallel_beam(np.arange(24) * np.pi / 12, (16, 16), 24)  # a full turn, so each direction twice
+    y, valid = operator(ellipses(16, 1)), np.arange(24) != 7
+    kind = dict(blank=500.0, counts=500 * np.exp(-y.numpy())) if counts else dict(measurement=y, noise_std=np.linspace(1, 2, 24))
+    np.savez(tmp_path / "scan.npz", angles=np.arange(24) * 15., geometry="parallel", bin_size=1., pixel_size=1., size=16,
+             valid=valid, **kind)
+    scan = load_scan(tmp_path / "scan.npz", angles=6, bins=12)
+    used, unused = (np.round(np.rad2deg(s.operator.angles) % 180).astype(int) for s in (scan, scan.unused))
+    assert len(unused) == 4 and not {*used} & {*unused}
+    rows = np.round(np.rad2deg(scan.unused.operator.angles) / 15).astype(int)
+    expected = operator(ellipses(16, 1))[rows].view(4, 12, 2).mean(-1) * torch.from_numpy(valid.reshape(12, 2).all(1))
+    if not counts: assert torch.allclose(scan.unused.measurement, expected, atol=1e-5)
+    assert (scan.unused.valid == scan.valid[0]).all() and scan.unused.poisson == counts and scan.unused.truth is None
+    assert load_scan(tmp_path / "scan.npz").unused is None and widened(scan).unused.operator.domain_shape == (24, 24)
+    few = load_scan(tmp_path / "scan.npz", angles=11)  # of twelve directions
+    assert len({round(a, 6) for a in few.unused.operator.angles % np.pi}) == 1
 
 
 BAD_VIEWS = dict(

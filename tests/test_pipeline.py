@@ -8,12 +8,13 @@ import pytest
 import tifffile
 import torch
 
+from dip_uq.calibration import check_unused
 from dip_uq.data import Scan, ellipses, negative_range, rectangles, shepp_logan, simulate, walnut
 from dip_uq.dip import reconstruct
 from dip_uq.doubts import doubts, noise_excess
 from dip_uq.networks import UNet
 from dip_uq.operators import as_operator, blur, fourier, mask
-from dip_uq.pipeline import solve, solve_image
+from dip_uq.pipeline import headline, solve, solve_image
 from dip_uq.posterior import Posterior
 from dip_uq.rays import Geometry, fan_beam, parallel_beam, vector_beam
 from dip_uq.scans import load_htc2022
@@ -131,6 +132,21 @@ def test_a_check_that_sees_nothing_says_so(scan):
     noisy = simulate(scan.truth, scan.operator, noise=5.0, seed=1)
     solution = answered(noisy)
     assert not solution.check.sees and "these are untested" in " ".join(solution.doubts)
+    assert solution.verdict == solution.summary()["verdict"] == "cannot tell" and "bars: cannot tell" in headline(solution.summary())
+
+
+def test_projections_that_were_not_used_decide(scan):
+    "Honest where they are of the same object and scanner; too short where they are not."
+    other = fan_beam(np.array([0.1, 1.3, 4.0]), scan.operator.domain_shape, *scan.operator.range_shape[1:], 1.2, 72., 36.)
+    seen = simulate(scan.truth, other, noise=0.05, seed=3)
+    wrong = replace(seen, measurement=seen.measurement.roll(4, 1))
+    found, alone = answered(replace(scan, unused=replace(seen, truth=None))), answered(scan)
+    assert found.verdict == found.summary()["verdict"] == "honest", found.unused
+    assert found.image.equal(alone.image) and found.std.equal(alone.std) and not found.doubts  # no part in anything
+    moved = replace(wrong, truth=None), found.posterior
+    moved[1].lin.recon = replace(found.recon, scan=replace(found.recon.scan, unused=moved[0]))
+    lost = replace(found, unused=check_unused(moved[1]))
+    assert lost.verdict == "too short" and "projections that were not used are" in str(lost.doubts)
 
 
 def test_noise_that_neighbours_share_is_not_called_overstated():
