@@ -200,20 +200,20 @@ def maximise(model: Model,
             ) -> Evidence:
     """Choose the hyperparameters of `model` by the largest evidence: L-BFGS-B on their logarithms, in float64.
 
-    Where it has free pixels: first those of the network, then, with these, the variance τ² of the pixels, with a prior
-    density ∝ τ that keeps it from zero (Chung et al., Psychometrika 78:685, 2013), and once more unknown noise.
+    Where it has free pixels: first those of the network alone, then, from there, all together, with a prior density
+    that keeps standard deviations from zero, ∝ σ_d for each block (Chung et al., Psychometrika 78:685, 2013).
     """
     began, b, history = perf_counter(), len(model.blocks), []
     start, bounds = log_parameters(model, noise_std)
     nll = OBJECTIVES[objective](model) if theta is None else paper_objective(model, theta)
     if tv is not None: nll = with_tv(nll, tv, model.lin)
     free = np.array([block == FREE for block in model.blocks] + [False] * (len(start) - b))
-    network = (np.arange(len(start)) < 2 * b) & ~free
+    tilt = 0.5 * (np.arange(len(start)) < b) * free.any() # slopes of the log prior density
     given = {} if theta is None else dict(theta=theta)
     def at(p):
         value, slope = value_and_gradient(p, model, noise_std, nll)
         return dict(value=torch.tensor(value, dtype=torch.float64), slope=torch.from_numpy(slope))
-    def search(start, hold, tilt): # `hold`: those that stay; `tilt`: slopes of their log prior density
+    def search(start, hold, tilt): # `hold`: those that stay
         box = [(v, v) if held else ends for v, held, ends in zip(start, hold, bounds)]
         def evaluate(p):
             found = model.lin.piece("evidence", partial(at, p), given | dict(p=torch.from_numpy(p)),
@@ -226,15 +226,15 @@ def maximise(model: Model,
                                        options=dict(maxiter=steps, gtol=1e-4, ftol=1e-6))
     try:
         with bar(progress, desc="evidence", unit=" evaluations") as shown:
-            found = search(np.where(free, [low for low, _ in bounds], start), free, 0.0 * free)
-            if free.any(): found = search(np.where(free, start, found.x), network, 0.5 * free)
+            found = search(np.where(free, [low for low, _ in bounds], start), free, 0 * tilt)
+            if free.any(): found = search(np.where(free, start, found.x), 0 * free, tilt)
     except torch.linalg.LinAlgError as e:
         raise ValueError(f"scan.noise_std: {noise_std} is too small beside residuals of "
                          f"{float(model.residual.square().mean().sqrt()):.3g}: K_yy is singular in float64; give the "
                          "true level, or None to have it estimated") from e
     e = np.exp(found.x)
     noise = math.sqrt(e[-1]) if noise_std is None else noise_std
-    evidence = Evidence(model, prior_of(model, e[:b], e[b:2 * b]), noise, -float(found.fun + 0.5 * free @ found.x),
+    evidence = Evidence(model, prior_of(model, e[:b], e[b:2 * b]), noise, -float(found.fun + tilt @ found.x),
                         objective, len(history), dict(evidence=perf_counter() - began), tuple(history))
     if not found.success:
         warnings.warn(f"the search for hyperparameters stopped early ({found.message}); they may not be the best ones")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FREE', 'with_gradients', 'convolutions', 'is_normalisation', 'check_parameters', 'patches', 'run_hooked', 'observe',
-           'require_one_use', 'check_network', 'pixel_map', 'Linearization', 'unit_vectors', 'tap_distances',
-           'stencil_basis', 'block_distances', 'class_grams', 'add_class_grams']
+           'require_one_use', 'check_network', 'likely_errors', 'pixel_map', 'Linearization', 'unit_vectors',
+           'tap_distances', 'stencil_basis', 'block_distances', 'class_grams', 'add_class_grams']
 
 # %% ../nbs/17_linearization.ipynb #010d12e7
 import copy
@@ -15,7 +15,9 @@ from functools import cached_property
 from importlib.metadata import version
 from typing import Any
 
+import numpy as np
 import torch
+from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
 from .data import Scan
@@ -123,10 +125,22 @@ def check_network(net: nn.Module,
 # %% ../nbs/17_linearization.ipynb #05f10001
 FREE = "free pixels" # their name, beside those of the convolutions
 
-def pixel_map(free_pixels: bool | Tensor, image: Tensor) -> Tensor | None: # (H, W), or None without free pixels
-    "w for every pixel: 1 for True; ValueError for a map that is of another shape, not finite, negative, or all zero."
+def likely_errors(image: Tensor, # (H, W) or (D, H, W)
+                  lowest: float = 0.0, # where its values begin
+                 ) -> Tensor: # of the same shape, of mean square 1
+    "A map of where the image may be wrong: (slope² + height² + 0.03²)^½, with slopes and heights of mean square 1."
+    height = (image.double().cpu().numpy() - lowest).clip(min=0)
+    squares = np.zeros_like(height)
+    for axis in range(height.ndim): # half of each difference to either neighbour
+        step = np.diff(height, axis=axis)**2 / 2
+        for ends in ((1, 0), (0, 1)): squares += np.pad(step, [ends if d == axis else (0, 0) for d in range(step.ndim)])
+    def unit(squares): return squares / (squares.mean() or 1.0)
+    return torch.from_numpy(unit(unit(gaussian_filter(squares, 1)) + unit(height**2) + 0.03**2)).sqrt().to(image)
+
+def pixel_map(free_pixels: bool | Tensor, image: Tensor, lowest: float) -> Tensor | None: # (H, W), or None without them
+    "w for every pixel; ValueError for a map that is of another shape, not finite, negative, or all zero."
     if free_pixels is False: return None
-    if free_pixels is True: return torch.ones_like(image)
+    if free_pixels is True: return likely_errors(image, lowest)
     if not isinstance(free_pixels, Tensor):
         raise TypeError(f"free_pixels: {free_pixels!r} is neither True nor False nor a tensor; make one of the map")
     if free_pixels.shape != image.shape:
@@ -152,11 +166,11 @@ class Linearization:
     """
     def __init__(self,
                  recon: Reconstruction, # image x̂, network with the weights θ*, input z
-                 free_pixels: bool | Tensor = False, # may every pixel also move by itself? Or a map (H, W) of how far
+                 free_pixels: bool | Tensor = False, # may pixels also move by themselves, by a map (H, W), or `likely_errors`?
                 ):
         self.recon, self.net = recon, copy.deepcopy(recon.net).to(recon.z).requires_grad_(False)
         self.state = State()
-        self.convs, w = convolutions(self.net), pixel_map(free_pixels, recon.image)
+        self.convs, w = convolutions(self.net), pixel_map(free_pixels, recon.image, recon.lowest)
         self.pixels = None if w is None else recon.scale * w
         self.filters = {name: tuple(m.kernel_size) for name, m in self.convs.items()}
         self.sizes = [m.weight.numel() for m in self.convs.values()]
