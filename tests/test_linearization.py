@@ -9,9 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from scipy.ndimage import gaussian_filter
 from torch.func import functional_call, jacrev
 
-from dip_uq.linearization import Linearization, class_grams, convolutions, patches, stencil_basis, tap_distances
+from dip_uq.linearization import (Linearization, class_grams, convolutions, likely_errors, patches, stencil_basis,
+                                  tap_distances)
 from dip_uq.networks import DeepDecoder, UNet
 from dip_uq.operators import as_operator
 from dip_uq.priors import FilterPrior, network_blocks, one_block
@@ -156,3 +158,19 @@ def test_sample_covariance_of_larger_filters(kernel, length):
     x, K = prior.sample(lin, 100_000, torch.Generator().manual_seed(0)), prior.kernel(lin, "c")
     error = ((K**2 + K.diagonal()[:, None] * K.diagonal()) / len(x)).sqrt()
     assert ((x.T @ x / len(x) - K) / error).abs().max() < 4.5  # of 378 entries, the seed is fixed
+
+
+@pytest.mark.parametrize("shape", [(5, 6), (3, 4, 5), (1, 7)])
+def test_likely_errors_by_hand(shape):
+    "Half of each squared difference goes to either neighbour, is blurred by a pixel, and added to the squared height."
+    image, squares = numbers(*shape).abs() + 2, torch.zeros(shape, dtype=torch.float64)
+    for place in itertools.product(*map(range, shape)):
+        for axis in range(len(shape)):
+            there = tuple(p + (d == axis) for d, p in enumerate(place))
+            if there[axis] == shape[axis]: continue
+            for end in (place, there): squares[end] += (image[place] - image[there])**2 / 2
+    blurred, heights = torch.from_numpy(gaussian_filter(squares.numpy(), 1)), (image - 2)**2
+    expected = blurred / blurred.mean() + heights / heights.mean()
+    found = likely_errors(image, 2.0)
+    ratio = found / (expected + 0.03)
+    assert torch.allclose(ratio, ratio.mean().expand(shape), rtol=1e-9) and abs(found.square().mean() - 1) < 1e-9

@@ -17,7 +17,7 @@ from dip_uq.calibration import check_held_out
 from dip_uq.data import Scan, simulate
 from dip_uq.dip import reconstruct
 from dip_uq.evidence import fit_evidence, maximise
-from dip_uq.linearization import FREE, Linearization
+from dip_uq.linearization import FREE, Linearization, likely_errors
 from dip_uq.networks import UNet
 from dip_uq.operators import as_operator, blur, mask
 from dip_uq.pipeline import solve
@@ -215,13 +215,13 @@ UNEQUAL = torch.rand(16, 16, generator=torch.Generator().manual_seed(0)).double(
 UNEQUAL[:4] = 0
 
 
-@pytest.mark.parametrize("free_pixels", [True, UNEQUAL], ids=["equal", "a map, zero in places"])
+@pytest.mark.parametrize("free_pixels", [True, UNEQUAL], ids=["likely errors", "a map, zero in places"])
 def test_free_pixels_against_dense_matrices(recon, free_pixels):
     "The conditional mean and covariance of the joint Gaussian of pixels and rays, the free pixels as σ² diag(w²)."
     evidence = fit_evidence(Linearization(recon, free_pixels=free_pixels), progress=False)
     prior, t, plain = evidence.prior, evidence.model.training, Linearization(recon)
     evidence = replace(evidence, prior=replace(prior, variance=prior.variance | {FREE: 0.01}))
-    w = torch.ones(256) if free_pixels is True else free_pixels.flatten()
+    w = (likely_errors(recon.image, recon.lowest) if free_pixels is True else free_pixels).flatten()
     J = plain.vjp(torch.eye(256).double().view(-1, 16, 16))
     K = torch.block_diag(*(torch.kron(torch.eye(c.weight[..., 0, 0].numel()).double(), prior.kernel(plain, name))
                            for name, c in plain.convs.items()))
