@@ -7,7 +7,6 @@ hyperparameters were chosen on the first four kinds; the others had no part in a
 field of view, the log likelihood per pixel above that of the best constant bar, chosen with the truth. One line of JSON for each scan; called again with the same file, it goes on
 where it stopped, and prints the table.
 """
-import math
 
 import numpy as np
 import torch
@@ -81,7 +80,7 @@ def row(name, found):
     value = {key: np.array([line[key] for line in found]) for key in ("miscalibration", "gain", "z", "coverage")}
     tenths = np.array([line["tenths"] for line in found])
     gained = np.mean([line["psnr"] - line["psnr_dip"] for line in found])
-    return (name, len(found), *(f"{np.median(v):.2f}, {v.max():.2f}" for v in (value["miscalibration"],)),
+    return (name, len(found), f"{np.median(value['miscalibration']):.2f}, {value['miscalibration'].max():.2f}",
             f"{((tenths > 0.5) & (tenths < 2)).mean():.0%}", f"{np.median(value['gain']):.2f}, {value['gain'].min():.2f}",
             *(f"{np.median(v):.2f} ({v.min():.2f} to {v.max():.2f})" for v in (value["z"], value["coverage"])), f"{gained:+.2f}")
 
@@ -93,11 +92,10 @@ def main():
     lines = Lines(args.out, "kind", "noise", "angles", "seed")
     for scan in lines.missing((kind, *scan) for scan in SCANS for kind in kinds):
         lines.add(scan, case(*scan, args.size, args.iterations))
-    print_table(("kind", "scans", "miscalibration: median, worst", "tenths within a factor of 2", "log likelihood over constant: median, worst",
-                 "z", "coverage of 95 %", "dB by the update"),
-                [row(kind, found) for kind in KINDS if (found := [line for line in lines if line["kind"] == kind])])
-    for group, members in GROUPS.items():
-        if found := [line for line in lines if line["kind"] in members]: print_table(row(group, found), [])
+    groups = {kind: [kind] for kind in KINDS} | GROUPS
+    print_table(("kind", "scans", "miscalibration: median, worst", "tenths within a factor of 2",
+                 "log likelihood over constant: median, worst", "z", "coverage of 95 %", "dB by the update"),
+                [row(name, found) for name, members in groups.items() if (found := [d for d in lines if d["kind"] in members])])
 
 
 if __name__ == "__main__": main()

@@ -7,27 +7,26 @@ averaged over larger ones. It is no truth: it has noise, rings and streaks of it
 the same file, it goes on where it stopped, and prints the table.
 
 tv          the best of five weights, chosen by the reference, which favours it
-solve       the defaults of the command line; z of its pixels against the reference, and of four views that it never saw, with the
-            share that the image, not the noise, has in the predicted variance
+solve       the defaults of the command line; z of its pixels against the reference, and of four views that it never saw, by
+            themselves and jointly, with the share that the image, not the noise, has in the predicted variance
 """
 import os
 import warnings
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from common import Lines, arguments, print_table, some, timed
 from measured import total_variation
 from torch.nn.functional import adaptive_avg_pool2d
 
 from dip_uq.calibration import coverage, z_std
-from dip_uq.dip import gaussian, psnr
+from dip_uq.dip import psnr
 from dip_uq.fbp import fbp
 from dip_uq.networks import UNet
 from dip_uq.pipeline import solve
 from dip_uq.rays import field_of_view
 from dip_uq.scans import load_scan
+from dip_uq.scores import miscalibration
 
 FOLDER = Path(os.environ.get("DIP_UQ_DATA", "")) / "measured"
 CASES = dict( # name: file, views, how it is read, pixels that its detector gives
@@ -44,28 +43,12 @@ def total_variations(scan):
     for weight in WEIGHTS: yield weight, (x := total_variation(A, y, weight * top, x, 300))
 
 
-def unused(solution, full):
-    "z of four views that were not used, the coverage of 95 % intervals, and the image's share in the variance."
-    angles = solution.scan.operator.angles
-    rest = np.flatnonzero(~np.isclose(full.operator.angles[:, None], angles, atol=1e-9).any(1))
-    chosen = rest[np.linspace(0, len(rest) - 1, 6).round().astype(int)[1:-1]].tolist()
-    some = replace(full, measurement=full.measurement[chosen], operator=full.operator[chosen], held_out=(),
-                   **{k: v[chosen] for k in ("valid", "blank") if torch.is_tensor(v := getattr(full, k))})
-    mean, covariance = solution.posterior.predict(some.operator)
-    alike, image = gaussian(some, solution.image), covariance.diagonal().view(mean.shape)
-    noise = alike.noise_std if some.poisson else torch.tensor(solution.posterior.evidence.noise_std)
-    std, off = (image + noise**2).sqrt(), alike.measurement - mean
-    if (good := alike.valid) is not None: std, off, image = std[good], off[good], image[good]
-    return dict(unused_z=z_std(off, std), unused_coverage=coverage(off, std),
-                unused_share=float(image.mean() / std.square().mean()))
-
-
 def case(name, size, iterations):
     "The findings of one scan at one size."
     file, views, how, _ = CASES[name]
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        every, full = (load_scan(FOLDER / file, size=n, **how) for n in (None, size))
+        every = load_scan(FOLDER / file, **how)
         scan = load_scan(FOLDER / file, angles=views, size=size, **how)
     alike = every.logged.white
     reference = adaptive_avg_pool2d(fbp(alike.operator, alike.measurement, "hann")[None], size)[0]
@@ -74,10 +57,11 @@ def case(name, size, iterations):
     solution, seconds = timed(solve, scan, UNet(5, 32), iterations=iterations, progress=False)
     error, std, check = (solution.image - reference)[seen], solution.std[seen], solution.check
     best, weight = max((score(x), weight) for weight, x in total_variations(scan))
-    return dict(views=views, of=len(full.measurement), bins=scan.measurement.shape[1], psnr_fbp=score(solution.fbp),
+    return dict(views=views, of=len(every.measurement), bins=scan.measurement.shape[1], psnr_fbp=score(solution.fbp),
                 psnr_tv=best, tv_weight=weight, psnr_dip=score(solution.recon.image), psnr=score(solution.image),
-                z=z_std(error, std), coverage=coverage(error, std), heldout_z=check.z_std, heldout_share=check.image_share,
-                **unused(solution, full), seconds=seconds, doubts=solution.doubts, notes=[str(t.message) for t in told[:1]])
+                z=z_std(error, std), coverage=coverage(error, std), miscalibration=miscalibration(error, std), heldout_z=check.z_std,
+                heldout_share=check.image_share, unused_z=solution.unused.z_std, unused_joint_z=solution.unused.joint_z,
+                unused_share=solution.unused.image_share, verdict=solution.verdict, seconds=seconds, doubts=solution.doubts, notes=[str(t.message) for t in told[:1]])
 
 
 def main():
@@ -86,9 +70,10 @@ def main():
     lines = Lines(args.out, "name", "size")
     for name, size in lines.missing((name, size) for size in args.sizes for name in args.names if size <= CASES[name][3]):
         lines.add((name, size), case(name, size, args.iterations))
-    keys = "psnr_fbp", "psnr_tv", "psnr_dip", "psnr", "z", "coverage", "heldout_z", "heldout_share", "unused_z", "unused_share"
-    print_table(("scan", "size", "views", *keys, "seconds"),
-                [(*lines.case(d), f"{d['views']} of {d['of']}", *(f"{d[k]:.2f}" for k in keys), f"{d['seconds']:.0f}")
+    keys = ("psnr_fbp", "psnr_tv", "psnr_dip", "psnr", "z", "coverage", "miscalibration", "heldout_z", "heldout_share",
+            "unused_z", "unused_joint_z", "unused_share")
+    print_table(("scan", "size", "views", *keys, "verdict", "seconds"),
+                [(*lines.case(d), f"{d['views']} of {d['of']}", *(f"{d[k]:.2f}" for k in keys), d["verdict"], f"{d['seconds']:.0f}")
                  for d in lines])
 
 
