@@ -218,13 +218,19 @@ class Scan:
 
         They are evenly spread, each in the middle of its share or, where these were measured unequally often, one of
         those measured least; at least one is kept and one fitted. So these are `n` projections where each direction is
-        measured once. Where the measurement is one row of readings, as pixels are, each of `n` is drawn from its share.
+        measured once. Of a limited arc they are those at both ends: the wedge beyond is to be predicted as well. Where
+        the measurement is one row of readings, as pixels are, each of `n` is drawn from its share.
         """
         count, which = len(self.measurement), self.directions
         n, every = _whole("n", n, 0, count - 1), int(which.max()) + 1
         if self.measurement.ndim == 1: return replace(self, held_out=_drawn(count, n))
+        g = self.operator.geometry if isinstance(self.operator, RayTransform) and every > 1 else None
         if every == 1: which, every = np.arange(count), count  # nothing would be left to fit
-        chosen = _spread(np.bincount(which), min(max(round(n * every / count), n > 0), every - 1))
+        some = min(max(round(n * every / count), n > 0), every - 1)
+        chosen = _spread(np.bincount(which), some)
+        if g and g.limited and some: # from both ends of the arc
+            along = list(dict.fromkeys(which[np.argsort(g.along, kind="stable")]))
+            chosen = (*along[:some // 2], *along[some // 2 - some:])
         return replace(self, held_out=tuple(np.flatnonzero(np.isin(which, chosen)).tolist()))
 
     def apart(self) -> "Scan":

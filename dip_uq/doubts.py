@@ -64,10 +64,8 @@ def doubts(scan: Scan) -> list[str]:
 
 # %% ../nbs/08_doubts.ipynb #05e100c0
 def limited(A: LinearOperator) -> bool:
-    "Is there a wedge, of 30° or more and 3½ times as wide as usual gaps, that no projection looks along?"
-    if not isinstance(A, RayTransform): return False
-    gaps = A.geometry.gaps
-    return bool(gaps.max() > np.deg2rad(30) and (len(gaps) == 1 or gaps.max() > 3.5 * np.median(gaps)))
+    "Is there a wedge that no projection looks along? See `Rays.limited`."
+    return isinstance(A, RayTransform) and A.geometry.limited
 
 def in_the_other_unit(angles: np.ndarray) -> bool: # radians
     "Are these degrees, or radians that somebody took for degrees? Whole numbers, or turns of 180, or of π degrees."

@@ -183,6 +183,19 @@ class Rays:
         "Gaps between the directions of central rays, in radians, which add up to pi."
         return _gaps(_directions(self.angles, np.pi)[1], np.pi)
 
+    @property
+    def limited(self) -> bool:
+        "Is there a wedge, of 30° or more and 3½ times as wide as usual gaps, that no projection looks along?"
+        gaps = self.gaps
+        return bool(gaps.max() > np.deg2rad(30) and (len(gaps) == 1 or gaps.max() > 3.5 * np.median(gaps)))
+
+    @property
+    def along(self) -> np.ndarray:
+        "(n,) how far each view's direction is from the first after the widest gap, in radians."
+        places = _directions(self.angles, np.pi)[1]
+        first = places[(_gaps(places, np.pi).argmax() + 1) % len(places)]
+        return np.mod(self.angles - first + 1e-6, np.pi)
+
 
 def _each_view(axes, **vectors):
     "The arrays (views, len(axes)) of `vectors`; ValueError where they are no finite numbers, or not for as many views."
