@@ -36,6 +36,7 @@ from dip_uq.pipeline import solve
 from dip_uq.posterior import Posterior
 from dip_uq.rays import fan_beam, field_of_view
 from dip_uq.scans import load_htc2022
+from dip_uq.scores import miscalibration
 
 SIZE, BINS = 64, 70
 STDS = 1e-4, 3e-4, 5e-4, 7e-4, 1e-3, 1.4e-3  # 1/mm
@@ -45,7 +46,7 @@ def scores(mean, std, truth, seen):
     "Of the pixels that every projection sees."
     e, s = (mean - truth)[seen], std[seen]
     return dict(psnr=psnr(mean[seen], truth[seen]), z=z_std(e, s), coverage95=coverage(e, s),
-                log_likelihood=log_likelihood(e, s))
+                log_likelihood=log_likelihood(e, s), miscalibration=miscalibration(e, s))
 
 
 def rms(x): return float(x.double().square().mean().sqrt())
@@ -67,7 +68,8 @@ def about(solution):
     evidence = solution.posterior.evidence
     r, t, tau = evidence.model.residual, evidence.model.training, evidence.prior.variance[FREE]**0.5 * solution.recon.scale
     return dict(rays_z=solution.check.z_std, fitted=rms(r[:t]), held_out=rms(r[t:]), free_pixels=tau,
-                value=evidence.value, correction=solution.check.correction)
+                value=evidence.value, correction=solution.check.correction, verdict=solution.verdict,
+                unused_z=solution.unused.z_std, unused_joint_z=solution.unused.joint_z, unused_share=solution.unused.image_share)
 
 
 def instrument_noise(y):

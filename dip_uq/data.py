@@ -218,7 +218,7 @@ class Scan:
 
         They are evenly spread, each in the middle of its share or, where these were measured unequally often, one of
         those measured least; at least one is kept and one fitted. So these are `n` projections where each direction is
-        measured once. Of a limited arc they are those at both ends: the wedge beyond is to be predicted as well. Where
+        measured once. Of a limited arc half of them are at its ends: the wedge beyond is to be predicted as well. Where
         the measurement is one row of readings, as pixels are, each of `n` is drawn from its share.
         """
         count, which = len(self.measurement), self.directions
@@ -226,11 +226,9 @@ class Scan:
         if self.measurement.ndim == 1: return replace(self, held_out=_drawn(count, n))
         g = self.operator.geometry if isinstance(self.operator, RayTransform) and every > 1 else None
         if every == 1: which, every = np.arange(count), count  # nothing would be left to fit
-        some = min(max(round(n * every / count), n > 0), every - 1)
-        chosen = _spread(np.bincount(which), some)
-        if g and g.limited and some: # from both ends of the arc
-            along = list(dict.fromkeys(which[np.argsort(g.along, kind="stable")]))
-            chosen = (*along[:some // 2], *along[some // 2 - some:])
+        some, times = min(max(round(n * every / count), n > 0), every - 1), np.bincount(which)
+        if g and g.limited: chosen = _with_ends([*dict.fromkeys(which[np.argsort(g.along, kind="stable")])], times, some)
+        else: chosen = _spread(times, some)
         return replace(self, held_out=tuple(np.flatnonzero(np.isin(which, chosen)).tolist()))
 
     def apart(self) -> "Scan":
@@ -318,6 +316,13 @@ def _spread(times: np.ndarray, n: int) -> tuple[int, ...]:
         share = {*range(i * count // n, (i + 1) * count // n), middle} - {*chosen}
         chosen.append(min(share, key=lambda k: (times[k], abs(k - middle))))
     return tuple(chosen)
+
+def _with_ends(along: Sequence[int], times: np.ndarray, n: int) -> tuple[int, ...]:
+    "`n` of the directions `along` an arc: half of them from its ends, at least one from each, the others `_spread`."
+    if n < 3: return (*along[:n // 2], *along[len(along) - n + n // 2:])
+    ends = max(1, n // 4)
+    inner = np.array(along[ends:-ends])
+    return (*along[:ends], *inner[list(_spread(times[inner], n - 2 * ends))].tolist(), *along[-ends:])
 
 def _drawn(count: int, n: int) -> tuple[int, ...]:
     "`n` of `count` positions, one drawn from each equal share; always the same ones."

@@ -40,7 +40,7 @@ def doubts(scan: Scan) -> list[str]:
     arc, confused = np.ptp(A.angles), isinstance(g, Geometry) and in_the_other_unit(A.angles)
     found = {f"the angles go over {np.rad2deg(arc):.4g}°, or {arc:.4g} radians; are they in the other of these units?":
              confused,
-             f"no projection looks along a wedge of {gap:.0f}°; what lies along it is guessed; error bars there are "
+             f"no projection looks along a wedge of {gap:.0f}°; what lies along it is guessed, and error bars there may be "
              "too short, as no held-out projection can tell": limited(A) and not confused,
              f"the outermost bins read {edge:.0%} of the mean, though they should look past the object; is {usual} "
              "missing, or is the object wider than the detector, so that projections are truncated? Then "

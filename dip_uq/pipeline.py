@@ -33,7 +33,7 @@ from .calibration import (HeldOutCheck, RayCheck, check_held_out, check_unused, 
 from .covariance import announce, require_dense
 from .data import Scan, _whole, difference_noise, seen_and_unseen
 from .dip import Reconstruction, check_arguments, gaussian, psnr, reconstruct
-from .doubts import doubts, limited, noise_excess
+from .doubts import doubts, noise_excess
 from .evidence import fit_evidence, fitted_noise
 from .fbp import fbp, has_fbp
 from .files import State, save_tensors, stage, what_ran, write_by, write_whole
@@ -380,8 +380,7 @@ def solve(scan: Scan, # what was measured
         check = check_held_out(evidence)
         claimed = gaussian(recon.scan, recon.image).level
         met = claimed and fitted_noise(lin) <= claimed # otherwise nobody knows the noise
-        agreed = 0.0 if limited(scan.operator) else check.agreement # along a wedge all agree, and all may be wrong
-        for share in dict.fromkeys((1.0 if met else agreed, 0.0)):
+        for share in dict.fromkeys((1.0 if met else check.agreement, 0.0)):
             posterior = Posterior(evidence, check.correction, share)
             std = (posterior.sampled_std(samples, recon.settings["seed"], progress) if samples
                    else posterior.std(progress=progress))
