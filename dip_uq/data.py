@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['shepp_logan', 'ellipses', 'rectangles', 'walnut', 'Scan', 'gaussian_noise', 'poisson_noise', 'simulate',
-           'seen_and_unseen', 'largest_noise', 'difference_noise', 'extent', 'negative_range']
+           'seen_and_unseen', 'largest_noise', 'difference_noise']
 
 # %% ../nbs/05_data.ipynb #ea215972
 import math
@@ -22,7 +22,7 @@ from skimage.data import shepp_logan_phantom
 from skimage.transform import resize_local_mean
 
 from .files import _check_plain
-from .operators import LinearOperator, cgls
+from .operators import LinearOperator
 from .rays import RayTransform
 
 # %% ../nbs/05_data.ipynb #f347c633
@@ -224,11 +224,11 @@ class Scan:
         count, which = len(self.measurement), self.directions
         n, every = _whole("n", n, 0, count - 1), int(which.max()) + 1
         if self.measurement.ndim == 1: return replace(self, held_out=_drawn(count, n))
-        g = self.operator.geometry if isinstance(self.operator, RayTransform) and every > 1 else None
+        arc = self.operator.geometry.arc if isinstance(self.operator, RayTransform) and every > 1 else None
         if every == 1: which, every = np.arange(count), count  # nothing would be left to fit
         some, times = min(max(round(n * every / count), n > 0), every - 1), np.bincount(which)
-        if g and g.limited: chosen = _with_ends([*dict.fromkeys(which[np.argsort(g.along, kind="stable")])], times, some)
-        else: chosen = _spread(times, some)
+        if arc is None: chosen = _spread(times, some)
+        else: chosen = _with_ends([*dict.fromkeys(which[arc.argsort(kind="stable")])], times, some)
         return replace(self, held_out=tuple(np.flatnonzero(np.isin(which, chosen)).tolist()))
 
     def apart(self) -> "Scan":
@@ -466,24 +466,3 @@ def difference_noise(y: torch.Tensor) -> float:  # of (…, bins), in its unit
     "The largest noise, not shared by neighbours, that second differences of bins allow; infinite for less than 3 bins."
     second = (y[..., :-2] - 2 * y[..., 1:-1] + y[..., 2:]).double()
     return float(second.square().mean().sqrt()) / 6**0.5 if second.numel() else math.inf
-
-# %% ../nbs/05_data.ipynb #bc570006
-def extent(x: torch.Tensor) -> float:
-    "How far the values of an image go up: to their 99 % quantile, or their maximum where that is twice as large."
-    some = x.flatten()[::1 + x.numel() // 2**24]  # torch.quantile takes no more
-    typical, peak = float(some.quantile(0.99)), float(x.max())
-    return typical if peak < 2 * typical else peak
-
-def negative_range(scan: Scan) -> tuple[float, float] | None:  # lowest value of the image, and its range above that
-    "Where the readings ask for an image below zero: from where to where it goes, roughly. Otherwise None."
-    if scan.poisson or len(scan.measurement) < 2 or not scan.measurement.any(): return None
-    scan = scan.white.apart()
-    of_positive = scan.fingerprint()
-    share = 0.1 if of_positive.min() > -1e-3 * of_positive.abs().max() else 0.35
-    def below(image, expected=0.0): return image.clamp(max=0).square().sum() - expected > share * image.square().sum()
-    x = cgls(scan.training.operator, scan.training.measurement, 10)
-    if not below(x): return None
-    limit, image, of_noise = min(_trials(scan), key=lambda trial: trial[0])
-    noise = min(limit, difference_noise(scan.measurement)**2) # and not what is claimed: a dead bin is no noise either
-    low, high = extent(-x), max(extent(x), 0.0)
-    return (-low, low + high) if below(image, noise * of_noise.square().sum() / 2) else None

@@ -24,13 +24,14 @@ from IPython.display import display
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
-from .data import Scan, _check_peak, _positive, _real, _whole, extent, negative_range
+from .data import Scan, _check_peak, _positive, _real, _whole
+from .doubts import extent, lies_around, negative_range
 from .fbp import fbp, has_fbp
 from .files import digest, keep_tensors, kept_tensors, load_tensors, named, save_tensors
 from .networks import NETWORKS, UNet, fresh, optimizer_tensors, restore_optimizer, seeded
 from .operators import blur, cgls
 from .plotting import bar, show_image
-from .rays import RayTransform, field_of_view, lies_around
+from .rays import RayTransform, field_of_view
 
 # %% ../nbs/11_dip.ipynb #bf7fd3c4
 def total_variation(image: Tensor) -> Tensor: # image (H, W) or (D, H, W) → ()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROOM', 'doubts', 'limited', 'in_the_other_unit', 'outermost', 'just_missing', 'complete', 'breadth', 'truncation',
-           'read_beyond_noise', 'noise_excess', 'cramped', 'widened']
+           'read_beyond_noise', 'noise_excess', 'extent', 'negative_range', 'cramped', 'lies_around', 'widened']
 
 # %% ../nbs/08_doubts.ipynb #0d000002
 from dataclasses import replace
@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from .corrections import dead_bins
-from .data import Scan, _positive, difference_noise, largest_noise, negative_range
+from .data import Scan, _positive, _trials, difference_noise, largest_noise
 from .fbp import _unweighted, circular
-from .operators import LinearOperator
+from .operators import LinearOperator, cgls
 from .rays import Geometry, Rays, RayTransform, _gaps, _ray_transform, pixel_sides
 
 # %% ../nbs/08_doubts.ipynb #d0b70002
@@ -40,8 +40,8 @@ def doubts(scan: Scan) -> list[str]:
     arc, confused = np.ptp(A.angles), isinstance(g, Geometry) and in_the_other_unit(A.angles)
     found = {f"the angles go over {np.rad2deg(arc):.4g}°, or {arc:.4g} radians; are they in the other of these units?":
              confused,
-             f"no projection looks along a wedge of {gap:.0f}°; what lies along it is guessed, and error bars there may be "
-             "too short, as no held-out projection can tell": limited(A) and not confused,
+             f"no projection looks along a wedge of {gap:.0f}°; what lies along it is guessed, and error bars there "
+             "may be too short, as no held-out projection can tell": limited(A) and not confused,
              f"the outermost bins read {edge:.0%} of the mean, though they should look past the object; is {usual} "
              "missing, or is the object wider than the detector, so that projections are truncated? Then "
              "widened(scan) gives the image room for it": edge > 0.1 and wide > 0.8,
@@ -64,8 +64,8 @@ def doubts(scan: Scan) -> list[str]:
 
 # %% ../nbs/08_doubts.ipynb #05e100c0
 def limited(A: LinearOperator) -> bool:
-    "Is there a wedge that no projection looks along? See `Rays.limited`."
-    return isinstance(A, RayTransform) and A.geometry.limited
+    "Is there a wedge that no projection looks along? See `Rays.arc`."
+    return isinstance(A, RayTransform) and A.geometry.arc is not None
 
 def in_the_other_unit(angles: np.ndarray) -> bool: # radians
     "Are these degrees, or radians that somebody took for degrees? Whole numbers, or turns of 180, or of π degrees."
@@ -122,6 +122,27 @@ def noise_excess(scan: Scan) -> float:
     limit = largest_noise(scan.apart())
     return scan.level / limit if limit > 0 else 0.0
 
+# %% ../nbs/08_doubts.ipynb #bc570006
+def extent(x: torch.Tensor) -> float:
+    "How far the values of an image go up: to their 99 % quantile, or their maximum where that is twice as large."
+    some = x.flatten()[::1 + x.numel() // 2**24]  # torch.quantile takes no more
+    typical, peak = float(some.quantile(0.99)), float(x.max())
+    return typical if peak < 2 * typical else peak
+
+def negative_range(scan: Scan) -> tuple[float, float] | None:  # lowest value of the image, and its range above that
+    "Where the readings ask for an image below zero: from where to where it goes, roughly. Otherwise None."
+    if scan.poisson or len(scan.measurement) < 2 or not scan.measurement.any(): return None
+    scan = scan.white.apart()
+    of_positive = scan.fingerprint()
+    share = 0.1 if of_positive.min() > -1e-3 * of_positive.abs().max() else 0.35
+    def below(image, expected=0.0): return image.clamp(max=0).square().sum() - expected > share * image.square().sum()
+    x = cgls(scan.training.operator, scan.training.measurement, 10)
+    if not below(x): return None
+    limit, image, of_noise = min(_trials(scan), key=lambda trial: trial[0])
+    noise = min(limit, difference_noise(scan.measurement)**2) # and not what is claimed: a dead bin is no noise either
+    low, high = extent(-x), max(extent(x), 0.0)
+    return (-low, low + high) if below(image, noise * of_noise.square().sum() / 2) else None
+
 # %% ../nbs/08_doubts.ipynb #07f10006
 ROOM = 1.5 # times the field of view is how far an image reaches whose projections are truncated
 
@@ -129,6 +150,10 @@ def cramped(scan: Scan) -> bool:
     "Are projections truncated, and the image no larger than the field of view?"
     A = scan.operator
     return isinstance(A, RayTransform) and truncation(A.geometry, complete(scan)) > 0.1 and breadth(A) > 0.8
+
+def lies_around(seen: torch.Tensor) -> bool:
+    "Is the field of view `seen` so small that more than two fifths of the image lie around it?"
+    return bool(0 < seen.double().mean() < 0.6)
 
 def widened(scan: Scan, factor: float = ROOM) -> Scan:
     """The scan with an image of more pixels, which reaches `factor` times as far, for projections that are truncated.

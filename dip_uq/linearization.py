@@ -167,7 +167,7 @@ class Linearization:
     """
     def __init__(self,
                  recon: Reconstruction, # image x̂, network with the weights θ*, input z
-                 free_pixels: bool | Tensor = False, # may pixels also move by themselves, by a map (H, W), or `likely_errors`?
+                 free_pixels: bool | Tensor = False, # may pixels also move alone? By `likely_errors`, or a map (H, W)
                 ):
         self.recon, self.net = recon, copy.deepcopy(recon.net).to(recon.z).requires_grad_(False)
         self.state = State()

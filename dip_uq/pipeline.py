@@ -33,7 +33,7 @@ from .calibration import (HeldOutCheck, RayCheck, check_held_out, check_unused, 
 from .covariance import announce, require_dense
 from .data import Scan, _whole, difference_noise, seen_and_unseen
 from .dip import Reconstruction, check_arguments, gaussian, psnr, reconstruct
-from .doubts import doubts, noise_excess
+from .doubts import doubts, lies_around, noise_excess
 from .evidence import fit_evidence, fitted_noise
 from .fbp import fbp, has_fbp
 from .files import State, save_tensors, stage, what_ran, write_by, write_whole
@@ -42,7 +42,7 @@ from .linearization import Linearization, check_network, convolutions, with_grad
 from .networks import UNet, seeded
 from .plotting import sections, show_image, small_text, tell
 from .posterior import Posterior
-from .rays import field_of_view, lies_around
+from .rays import field_of_view
 from .scores import draw_calibration, draw_error_against_std, miscalibration, reliability
 
 # %% ../nbs/27_pipeline.ipynb #55e9afa0
@@ -63,11 +63,6 @@ class ImageOnly:
     @property
     def tensors(self) -> dict[str, Tensor]:
         "What result.safetensors holds."
-        return dict(image=self.image)
-
-    @property
-    def pictures(self) -> dict[str, Tensor]:
-        "What TIFF files hold."
         return dict(image=self.image)
 
     @property
@@ -161,10 +156,11 @@ class ImageOnly:
         if side := self.scan.pixel_size: # mm, so that there are 10 / side pixels to a centimetre, along x and y
             across = (10 / np.broadcast_to(side, self.image.ndim)[:-3:-1]).tolist()
             scale = dict(resolution=across, resolutionunit="CENTIMETER")
-        for name, picture in self.pictures.items():
-            grey = partial(tifffile.imwrite, data=picture.cpu().numpy(), photometric="minisblack", **scale)
+        pictures = {name: tensor.cpu().numpy() for name, tensor in self.tensors.items()}
+        for name in pictures.keys() - {"raw_std"}:
+            grey = partial(tifffile.imwrite, data=pictures[name], photometric="minisblack", **scale)
             write_by(folder / f"{name}.tif", grey)
-        image, std = (self.tensors[name].cpu().numpy() if name in self.tensors else None for name in ("image", "std"))
+        image, std = pictures["image"], pictures.get("std")
         if find_spec("h5py"): write_nexus(folder / "result.nxs", image, std, side, self.scan.unit, self.scan.name)
 
     def save_report(self, folder: Path) -> None:
@@ -194,13 +190,9 @@ class Solution(ImageOnly):
         return self.std / self.posterior.scale
 
     @property
-    def tensors(self) -> dict[str, Tensor]: return dict(image=self.image, std=self.std, raw_std=self.raw_std)
-
-    @property
-    def pictures(self) -> dict[str, Tensor]:
-        "What TIFF files hold: intervals are pairs of pictures."
-        both = {f"interval{100 * level:.0f}": torch.stack(self.interval(level)) for level in (0.68, 0.95)}
-        return dict(image=self.image, std=self.std) | both
+    def tensors(self) -> dict[str, Tensor]:
+        ends = {f"interval{100 * level:.0f}": torch.stack(self.interval(level)) for level in (0.68, 0.95)}
+        return dict(image=self.image, std=self.std, raw_std=self.raw_std) | ends
 
     def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]: # both (H, W)
         "The shortest that holds a pixel with the probability `level`; no lower than where the network's range begins."
@@ -227,8 +219,8 @@ class Solution(ImageOnly):
                  "the held-out rays cannot tell whether the error bars are honest, so these are untested: " +
                  (f"{1 - check.image_share:.0%} of the rays' variance is noise" if check.image_share < 0.05 else
                   f"the rays are too few, the scale of the bars would be uncertain by {few}"): not check.sees,
-                 f"projections that were not used are {unused.z_std:.1f} times as far off as predicted, so the error bars "
-                 f"are too short, by about {unused.scale:.1f}": self.unused and unused.verdict == "too short"}
+                 f"projections that were not used are {unused.z_std:.1f} times as far off as predicted, so the error "
+                 f"bars are too short, by about {unused.scale:.1f}": self.unused and unused.verdict == "too short"}
         return super().doubts + [doubt for doubt, told in found.items() if told]
 
     def summary(self) -> dict:
@@ -249,7 +241,7 @@ class Solution(ImageOnly):
             prior={b: dict(variance=prior.variance[b], length=prior.length[b]) for b in prior.blocks})
 
     def held(self, level: float) -> dict:
-        "Mean length of the intervals of this level and, with truth, the shares of it that they hold, and beyond either end."
+        "Mean length of the intervals of this level; with truth, the shares of it in them, and beyond either end."
         low, high = self.interval(level)
         found = dict(length=float((high - low).mean()), held=None, below=None, above=None)
         if (truth := self.scan.truth) is None: return found
@@ -257,7 +249,7 @@ class Solution(ImageOnly):
         return found | dict(held=1 - below - above, below=below, above=above)
 
     def scores(self, std: Tensor, where: Tensor | None = None) -> dict:
-        "Scores of `std`: z, coverage, log likelihood, reliability and rank correlation with |error|; None without truth."
+        "z, coverage, log likelihood, reliability of `std`, its rank correlation with |error|; None without truth."
         names = "zstd", "coverage95", "log_likelihood", "miscalibration", "tenths", "spearman"
         if self.scan.truth is None: return dict.fromkeys(names)
         where = torch.ones_like(std, dtype=torch.bool) if where is None else where.to(std.device)
@@ -279,10 +271,10 @@ class Solution(ImageOnly):
         return draw_report(self)
 
     def save(self, folder: str | Path, progress: bool = False) -> None: # True: bars where it takes long
-        """Write to `folder` posterior.safetensors (see `Posterior.load`), result.safetensors (image, std, raw_std),
-        summary.json, and for other programs image.tif, std.tif, interval68.tif, interval95.tif (two pictures each: lower
-        and upper ends), samples.npz (16 posterior images), report.png and, if h5py is installed, result.nxs (NeXus:
-        image and its errors).
+        """Write to `folder` posterior.safetensors (see `Posterior.load`), result.safetensors (all of `tensors`),
+        summary.json, and for other programs image.tif, std.tif, interval68.tif, interval95.tif (two pictures each:
+        lower and upper ends), samples.npz (16 posterior images), report.png and, if h5py is installed, result.nxs
+        (NeXus: image and its errors).
 
         Each file appears whole or not at all, the picture last; one that cannot be drawn is a warning.
         """

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['pixel_sides', 'ray_matrix', 'Rays', 'Geometry', 'RayTransform', 'parallel_beam', 'fan_beam', 'Views', 'vector_beam',
-           'vector_cone', 'field_of_view', 'lies_around']
+           'vector_cone', 'field_of_view']
 
 # %% ../nbs/03_rays.ipynb #e307940b
 import math
@@ -170,10 +170,7 @@ class Rays:
 
     @property
     def directions(self) -> np.ndarray:
-        """(n,) number of each view's direction, anticlockwise from angle 0; twins share a number.
-
-        Twins are views whose rays through the centre lie less than a pixel apart as far out as the detector looks.
-        """
+        "(n,) number of each view's direction; twins, whose central rays stay less than a pixel apart, share one."
         limit, nearest = pixel_sides(self.pixel_size).min(), np.linalg.norm(self.vectors()[0], axis=1).min()
         wide = self.fan and self.reach**2 > limit * nearest  # else opposite views are twins
         return _directions(self.angles, 2 * np.pi if wide else np.pi, limit / max(self.reach, limit))[0]
@@ -184,17 +181,11 @@ class Rays:
         return _gaps(_directions(self.angles, np.pi)[1], np.pi)
 
     @property
-    def limited(self) -> bool:
-        "Is there a wedge, of 30° or more and 3½ times as wide as usual gaps, that no projection looks along?"
-        gaps = self.gaps
-        return bool(gaps.max() > np.deg2rad(30) and (len(gaps) == 1 or gaps.max() > 3.5 * np.median(gaps)))
-
-    @property
-    def along(self) -> np.ndarray:
-        "(n,) how far each view's direction is from the first after the widest gap, in radians."
-        places = _directions(self.angles, np.pi)[1]
-        first = places[(_gaps(places, np.pi).argmax() + 1) % len(places)]
-        return np.mod(self.angles - first + 1e-6, np.pi)
+    def arc(self) -> np.ndarray | None:
+        "(n,) how far along a limited arc; None where no wedge, of 30° and 3½ times as wide as usual gaps, is missing."
+        gaps, places = self.gaps, _directions(self.angles, np.pi)[1]
+        if gaps.max() < np.deg2rad(30) or len(gaps) > 1 and gaps.max() < 3.5 * np.median(gaps): return None
+        return np.mod(self.angles - places[(gaps.argmax() + 1) % len(gaps)] + 1e-6, np.pi)
 
 
 def _each_view(axes, **vectors):
@@ -341,9 +332,8 @@ def fan_beam(
 ) -> RayTransform:  # (H, W) -> (n, bins)
     "Rays from a point source, below the image at angle 0, to a flat detector; bins from left to right."
     _check_positive(source_origin=source_origin, origin_detector=origin_detector)
-    geometry = Geometry(angles, bins, bin_size, pixel_size, source_origin, origin_detector, rays_per_bin,
-                        centre, tilt)
-    return _ray_transform(geometry, shape)
+    g = Geometry(angles, bins, bin_size, pixel_size, source_origin, origin_detector, rays_per_bin, centre, tilt)
+    return _ray_transform(g, shape)
 
 
 def _ray_transform(geometry, shape):
@@ -490,7 +480,3 @@ def field_of_view(A: LinearOperator) -> torch.Tensor:  # domain_shape, bool
     "The pixels that every projection (index along the first axis of a measurement) sees."
     ones = [torch.ones(A[[i]].range_shape) for i in range(A.range_shape[0])]
     return torch.stack([A[[i]].T(y) != 0 for i, y in enumerate(ones)]).all(0)
-
-def lies_around(seen: torch.Tensor) -> bool:
-    "Is the field of view `seen` so small that more than two fifths of the image lie around it?"
-    return bool(0 < seen.double().mean() < 0.6)

@@ -40,7 +40,8 @@ def ause(error: Tensor, std: Tensor) -> float: # tensors of one shape
     return float((curve - best).mean() / curve[0])
 
 # %% ../nbs/24_scores.ipynb #e5c10002
-def reliability(error: Tensor, std: Tensor, groups: int = 10) -> tuple[Tensor, Tensor]: # tensors of one shape → (groups,)
+def reliability(error: Tensor, std: Tensor, groups: int = 10 # tensors of one shape
+               ) -> tuple[Tensor, Tensor]: # (groups,), float64
     "Root mean squares of `std` and of `error`, in groups of equal size from the shortest bars to the longest."
     _standardised(error, std)
     error, std = error.flatten().double(), std.flatten().double()
@@ -49,7 +50,7 @@ def reliability(error: Tensor, std: Tensor, groups: int = 10) -> tuple[Tensor, T
     return predicted, found
 
 def miscalibration(error: Tensor, std: Tensor, groups: int = 10) -> float:
-    "Mean |log(error / std)| over the groups of `reliability`: 0 is ideal, 0.7 is a factor of two; infinite without errors."
+    "Mean |log(error / std)| over the groups of `reliability`: 0 is ideal, 0.7 a factor of two; infinite for no errors."
     predicted, found = reliability(error, std, groups)
     return float((found / predicted).log().abs().mean())
 
@@ -114,7 +115,7 @@ def conformal_factor(error: Tensor, # (m, …): those of m images, or of whateve
 
 # %% ../nbs/24_scores.ipynb #ae56f15e
 def draw_error_against_std(ax: plt.Axes, error: Tensor, std: Tensor, unit: str,
-                           samples: Tensor | None = None, # (n, …), posterior samples less their mean, for a band of 90 %
+                           samples: Tensor | None = None, # (n, …), of the posterior, less their mean: a band of 90 %
                           ) -> None:
     "`reliability`: root-mean-square error of tenths of the pixels, sorted by their predicted standard deviation."
     predicted, found = reliability(error, std)

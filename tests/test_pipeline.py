@@ -9,9 +9,9 @@ import tifffile
 import torch
 
 from dip_uq.calibration import check_unused
-from dip_uq.data import Scan, ellipses, negative_range, rectangles, shepp_logan, simulate, walnut
+from dip_uq.data import Scan, ellipses, rectangles, shepp_logan, simulate, walnut
 from dip_uq.dip import reconstruct
-from dip_uq.doubts import doubts, noise_excess
+from dip_uq.doubts import doubts, negative_range, noise_excess
 from dip_uq.networks import UNet
 from dip_uq.operators import as_operator, blur, fourier, mask
 from dip_uq.pipeline import headline, solve, solve_image
