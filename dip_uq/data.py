@@ -199,7 +199,9 @@ class Scan:
         if not isinstance(self.poisson, bool): raise TypeError(f"poisson={self.poisson!r}: pass True or False")
         if self.poisson: _check_counts(self.measurement, self.noise_std)
         put("held_out", _check_held_out(self.held_out, len(self.measurement)))
-        if self.unused is not None: _check_unused(self.unused, self)
+        if self.unused is not None:
+            if not isinstance(self.unused, Scan): raise TypeError(f"unused is a {type(self.unused).__name__}; pass a Scan")
+            _check_shape("unused.operator.domain_shape", self.unused.operator.domain_shape, self.operator.domain_shape)
 
     @property
     def directions(self) -> np.ndarray:  # (projections,)
@@ -375,11 +377,6 @@ def _without_missing(measurement: Any, valid: torch.Tensor) -> Any:
     "The measurement with zeros where it is missing, whatever may be there."
     if torch.is_tensor(measurement): return measurement.masked_fill(~valid.to(measurement.device), 0)
     return np.where(valid.cpu().numpy(), np.ma.getdata(measurement), 0)
-
-def _check_unused(unused: Any, scan: Scan) -> None:
-    if not isinstance(unused, Scan): raise TypeError(f"unused is a {type(unused).__name__}; pass a Scan")
-    if unused.poisson != scan.poisson: raise ValueError("unused: counts or not must be as in the scan itself")
-    _check_shape("unused.operator.domain_shape", unused.operator.domain_shape, scan.operator.domain_shape)
 
 def _check_held_out(held_out: Any, count: int) -> tuple[int, ...]:
     "Sorted positions, or an error: they must be different, below `count`, and leave something to fit."

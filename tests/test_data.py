@@ -73,7 +73,6 @@ BAD_SCANS = dict(
     unused_readings=(dict(unused=Y), "unused is a Tensor; pass a Scan"),
     unused_image=(dict(unused=Scan(torch.ones(2, 3), as_operator(torch.ones(6, 4), (2, 2), (2, 3)))),
                   "unused.operator.domain_shape has shape (2, 2), but (16, 16) is needed"),
-    unused_counts=(dict(unused=Scan(Y, A, poisson=True)), "unused: counts or not must be as in the scan itself"),
 )
 
 

@@ -143,6 +143,10 @@ def test_projections_that_were_not_used_decide(scan):
     found, alone = answered(replace(scan, unused=replace(seen, truth=None))), answered(scan)
     assert found.verdict == found.summary()["verdict"] == "honest", found.unused
     assert found.image.equal(alone.image) and found.std.equal(alone.std) and not found.doubts  # no part in anything
+    counted = Scan(torch.poisson(400 * torch.exp(-0.1 * scan.operator(scan.truth))), scan.operator, blank=torch.full((30,), 400.0),
+                   unused=Scan(torch.poisson(400 * torch.exp(-0.1 * other(scan.truth))), other, blank=torch.full((30,), 400.0)))
+    assert 0.7 < answered(counted).unused.z_std < 1.3  # counts are made Gaussian like those that were used
+
     moved = replace(wrong, truth=None), found.posterior
     moved[1].lin.recon = replace(found.recon, scan=replace(found.recon.scan, unused=moved[0]))
     lost = replace(found, unused=check_unused(moved[1]))
