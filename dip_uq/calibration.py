@@ -96,7 +96,7 @@ def check_rays(r: Tensor, P: Tensor, noise_std: float) -> RayCheck: # (n,) and (
     """
     noise, n = noise_std**2, len(r)
     std = (P.diagonal().clamp(min=0) + noise).sqrt()
-    predicted = float(std.square().mean()) - noise
+    predicted = max(float(std.square().mean()) - noise, 1e-12 * noise)
     surplus = max(float(r.square().mean()) - noise, min(noise * math.sqrt(2 / n), predicted))
     S = P + noise * torch.eye(n, dtype=r.dtype, device=r.device)
     error = math.sqrt(2) * float(torch.linalg.matrix_norm(S)) / (n * predicted) / 2
@@ -141,4 +141,6 @@ def check_unused(posterior: Posterior) -> RayCheck | None:
     mean, P = posterior.predict(scan.operator)
     r, good = (scan.measurement - mean).flatten().double(), slice(None)
     if scan.valid is not None: good = scan.valid.flatten()
-    return check_rays(r[good], P[good][:, good], noise)
+    values, V = torch.linalg.eigh(P[good][:, good])
+    beyond = values > -10 * values.min() # rounding, which makes some negative: what is not well above that is zero
+    return check_rays(r[good], V * (values * beyond) @ V.T, noise)

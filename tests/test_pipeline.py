@@ -1,6 +1,7 @@
 "What `solve` gives for whatever can be measured: nothing may fail after the last step, and doubts are told."
 import json
 import os
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -146,6 +147,12 @@ def test_projections_that_were_not_used_decide(scan):
     counted = Scan(torch.poisson(400 * torch.exp(-0.1 * scan.operator(scan.truth))), scan.operator, blank=torch.full((30,), 400.0),
                    unused=Scan(torch.poisson(400 * torch.exp(-0.1 * other(scan.truth))), other, blank=torch.full((30,), 400.0)))
     assert 0.7 < answered(counted).unused.z_std < 1.3  # counts are made Gaussian like those that were used
+
+    wide = {block: 1e6 * variance for block, variance in found.posterior.evidence.prior.variance.items()}
+    evidence = replace(found.posterior.evidence, prior=replace(found.posterior.evidence.prior, variance=wide))
+    with warnings.catch_warnings(): # of variances that are lost in rounding, which must not stop it
+        warnings.simplefilter("ignore")
+        assert check_unused(Posterior(evidence)).z_std < 1
 
     moved = replace(wrong, truth=None), found.posterior
     moved[1].lin.recon = replace(found.recon, scan=replace(found.recon.scan, unused=moved[0]))
