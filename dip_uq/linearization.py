@@ -128,15 +128,15 @@ FREE = "free pixels" # their name, beside those of the convolutions
 def likely_errors(image: Tensor, # (H, W) or (D, H, W)
                   lowest: float = 0.0, # where its values begin
                  ) -> Tensor: # of the same shape, of mean square 1
-    "A map of where the image may be wrong: (slope² + height² + 0.1²)^½, with slopes and heights of mean square 1."
+    "A map of where the image may be wrong: slope² + height² + 0.03, in units of the means of these squares."
     height = (image.double().cpu().numpy() - lowest).clip(min=0)
     squares = np.zeros_like(height)
     for axis in range(height.ndim): # half of each difference to either neighbour
         step = np.diff(height, axis=axis)**2 / 2
         for ends in ((1, 0), (0, 1)): squares += np.pad(step, [ends if d == axis else (0, 0) for d in range(step.ndim)])
     parts = gaussian_filter(squares, 1), height**2
-    squares = sum((part / (part.mean() or 1.0) for part in parts), np.full_like(height, 0.1**2))
-    return torch.from_numpy(squares / squares.mean()).sqrt().to(image)
+    w = torch.from_numpy(sum((part / (part.mean() or 1.0) for part in parts), np.full_like(height, 0.03)))
+    return (w / w.square().mean().sqrt()).to(image)
 
 def pixel_map(free_pixels: bool | Tensor, image: Tensor, lowest: float) -> Tensor | None: # (H, W), or None without them
     "w for every pixel; ValueError for a map that is of another shape, not finite, negative, or all zero."
