@@ -128,14 +128,14 @@ FREE = "free pixels" # their name, beside those of the convolutions
 def likely_errors(image: Tensor, # (H, W) or (D, H, W)
                   lowest: float = 0.0, # where its values begin
                  ) -> Tensor: # of the same shape, of mean square 1
-    "A map of where the image may be wrong: slope² + height² + 0.03, in units of the means of these squares."
+    "A map of where the image may be wrong: slope² + height² + 0.3, in units of the means of these squares."
     height = (image.double().cpu().numpy() - lowest).clip(min=0)
     squares = np.zeros_like(height)
     for axis in range(height.ndim): # half of each difference to either neighbour
         step = np.diff(height, axis=axis)**2 / 2
         for ends in ((1, 0), (0, 1)): squares += np.pad(step, [ends if d == axis else (0, 0) for d in range(step.ndim)])
     parts = gaussian_filter(squares, 1), height**2
-    w = torch.from_numpy(sum((part / (part.mean() or 1.0) for part in parts), np.full_like(height, 0.03)))
+    w = torch.from_numpy(sum((part / (part.mean() or 1.0) for part in parts), np.full_like(height, 0.3)))
     return (w / w.square().mean().sqrt()).to(image)
 
 def pixel_map(free_pixels: bool | Tensor, image: Tensor, lowest: float) -> Tensor | None: # (H, W), or None without them
