@@ -199,9 +199,9 @@ class Scan:
         if not isinstance(self.poisson, bool): raise TypeError(f"poisson={self.poisson!r}: pass True or False")
         if self.poisson: _check_counts(self.measurement, self.noise_std)
         put("held_out", _check_held_out(self.held_out, len(self.measurement)))
-        if self.unused is not None:
-            if not isinstance(self.unused, Scan): raise TypeError(f"unused is a {type(self.unused).__name__}; pass a Scan")
-            _check_shape("unused.operator.domain_shape", self.unused.operator.domain_shape, self.operator.domain_shape)
+        if (rest := self.unused) is not None:
+            if not isinstance(rest, Scan): raise TypeError(f"unused is a {type(rest).__name__}; pass a Scan")
+            _check_shape("unused.operator.domain_shape", rest.operator.domain_shape, self.operator.domain_shape)
 
     @property
     def directions(self) -> np.ndarray:  # (projections,)
