@@ -21,9 +21,9 @@ needs_chromium = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="there is 
 PATIENCE = 400  # seconds: a busy machine is slow, not broken
 
 
-def wait(condition, what):
+def wait(condition, what, patience=PATIENCE):
     "Until `condition()` holds; its value."
-    end = monotonic() + PATIENCE
+    end = monotonic() + patience
     while monotonic() < end:
         if value := condition(): return value
         sleep(0.1)
