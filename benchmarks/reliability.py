@@ -4,7 +4,8 @@
 
 Each kind has six scans, fan beam over a full turn: noise of 1, 5 and 10 % with 30 projections and with 20, another seed for each. Maps of free pixels and the search for
 hyperparameters were chosen on the first four kinds; the others had no part in any choice. The network is UNet(4, 16), all else as in `solve`. Scores are of the
-field of view, the log likelihood per pixel above that of the best constant bar, chosen with the truth. One line of JSON for each scan; called again with the same file, it goes on
+field of view, the log likelihood per pixel above that of the best constant bar, chosen with the truth; `blocks`: z of means over blocks
+of 4 × 4 and of 16 × 16 pixels. One line of JSON for each scan; called again with the same file, it goes on
 where it stopped, and prints the table.
 """
 
@@ -13,10 +14,11 @@ import torch
 from common import Lines, arguments, kmnist, print_table, timed
 from scipy.ndimage import gaussian_filter, zoom
 
-from dip_uq.calibration import log_likelihood
+from dip_uq.calibration import log_likelihood, z_std
 from dip_uq.cli import fan_scanner
 from dip_uq.data import _grid, _pixels, ellipses, rectangles, shepp_logan, simulate, walnut
 from dip_uq.networks import UNet
+from dip_uq.operators import as_operator
 from dip_uq.pipeline import solve
 
 SCANS = (0.01, 30, 0), (0.05, 30, 1), (0.10, 30, 2), (0.01, 20, 2), (0.05, 20, 0), (0.10, 20, 1) # noise, projections, seed
@@ -63,6 +65,15 @@ KINDS = dict(walnut=walnut, shepp_logan=lambda size, seed: shepp_logan(size), el
 GROUPS = {"chosen-on": [*KINDS][:4], "held-back": [*KINDS][4:]}
 
 
+def z_of_blocks(s, side):
+    "z of means over blocks of side × side pixels."
+    n, size = s.image.shape[0] // side, s.image.shape[0]
+    block = torch.arange(size * size).view(n, side, n, side).permute(0, 2, 1, 3).reshape(n * n, -1)
+    matrix = torch.zeros(n * n, size * size).scatter_(1, block, 1 / side**2)
+    mean, covariance = s.posterior.predict(as_operator(matrix, domain_shape=(size, size)))
+    return z_std(matrix @ s.scan.truth.flatten() - mean, covariance.diagonal().sqrt())
+
+
 def case(kind, noise, angles, seed, size, iterations):
     "The findings of one scan."
     scan = simulate(KINDS[kind](size, seed), fan_scanner(size, angles), noise, seed)
@@ -72,7 +83,7 @@ def case(kind, noise, angles, seed, size, iterations):
     best = log_likelihood(error, torch.full_like(error, float(error.square().mean().sqrt())))
     return dict(psnr=summary["psnr"], psnr_dip=summary["psnr_dip"], z=scores["zstd"], coverage=scores["coverage95"],
                 gain=scores["log_likelihood"] - best, miscalibration=scores["miscalibration"], tenths=scores["tenths"],
-                heldout_z=s.check.z_std, verdict=s.verdict, evidence=summary["evidence"]["value"], seconds=seconds)
+                blocks=[z_of_blocks(s, side) for side in (4, 16)], heldout_z=s.check.z_std, verdict=s.verdict, evidence=summary["evidence"]["value"], seconds=seconds)
 
 
 def row(name, found):
@@ -80,9 +91,11 @@ def row(name, found):
     value = {key: np.array([line[key] for line in found]) for key in ("miscalibration", "gain", "z", "coverage")}
     tenths = np.array([line["tenths"] for line in found])
     gained = np.mean([line["psnr"] - line["psnr_dip"] for line in found])
+    blocks = np.median([line["blocks"] for line in found], 0)
     return (name, len(found), f"{np.median(value['miscalibration']):.2f}, {value['miscalibration'].max():.2f}",
             f"{((tenths > 0.5) & (tenths < 2)).mean():.0%}", f"{np.median(value['gain']):.2f}, {value['gain'].min():.2f}",
-            *(f"{np.median(v):.2f} ({v.min():.2f} to {v.max():.2f})" for v in (value["z"], value["coverage"])), f"{gained:+.2f}")
+            *(f"{np.median(v):.2f} ({v.min():.2f} to {v.max():.2f})" for v in (value["z"], value["coverage"])), f"{gained:+.2f}",
+            f"{blocks[0]:.2f}, {blocks[1]:.2f}")
 
 
 def main():
@@ -94,7 +107,7 @@ def main():
         lines.add(scan, case(*scan, args.size, args.iterations))
     groups = {kind: [kind] for kind in KINDS} | GROUPS
     print_table(("kind", "scans", "miscalibration: median, worst", "tenths within a factor of 2",
-                 "log likelihood over constant: median, worst", "z", "coverage of 95 %", "dB by the update"),
+                 "log likelihood over constant: median, worst", "z", "coverage of 95 %", "dB by the update", "z of blocks 4, 16"),
                 [row(name, found) for name, members in groups.items() if (found := [d for d in lines if d["kind"] in members])])
 
 

@@ -178,6 +178,7 @@ class Scan:
     valid: torch.Tensor | None = None  # bool, for each reading or bin: False where it is missing; None: none is
     blank: torch.Tensor | None = None  # counts without an object: the readings are counts of mean blank exp(−A x)
     unused: "Scan | None" = None  # more projections of the same image, which are a truth: for scores only
+    neighbour_noise: float | None = None  # that finer readings beside each other allow at most; None where unknown
 
     def __post_init__(self):
         if not isinstance(self.operator, LinearOperator):
@@ -460,6 +461,7 @@ def largest_noise(scan: Scan) -> float:  # in the measurement's unit
     return 1.05 * math.sqrt(min(limit for limit, _, _ in _trials(scan.white))) if scan.measurement.any() else 0.0
 
 def difference_noise(y: torch.Tensor) -> float:  # of (…, bins), in its unit
-    "The largest noise, not shared by neighbours, that second differences of bins allow; infinite for less than 3 bins."
+    "The largest noise, not shared by neighbours, that second differences of bins allow; infinite where there are none."
     second = (y[..., :-2] - 2 * y[..., 1:-1] + y[..., 2:]).double()
+    second = second[second.isfinite()]  # NaN where a reading is missing
     return float(second.square().mean().sqrt()) / 6**0.5 if second.numel() else math.inf

@@ -83,15 +83,16 @@ class ImageOnly:
         "What may be wrong with this result, in words: `doubts` of the scan, then those of the fit."
         fit = self.fit_rms_over_noise or 0.0
         left = seen_and_unseen(self.recon.scan, self.recon.image)[0]**0.5
-        beyond = left / (difference_noise(self.recon.scan.measurement) or math.inf)
+        fine = self.scan.neighbour_noise # a good fit leaves 4 or 5 times that where pixels are coarser than bins
+        beyond, most = left / (fine or difference_noise(self.recon.scan.measurement) or math.inf), 6 if fine else 2
         found = {f"the fit misses the rays that it saw by {fit:.2f} times noise_std; is the fit unfinished, noise_std "
                  "too small, a bin dead?" + " What it leaves is taken for noise" * (fit > BELIEVED):
                  fit > 1.25 and (self.scan.poisson or self.recon.scan.noise_std is not None),
                  "noise_std is 0, but no measurement is exact; what the fit leaves is taken for noise":
                  self.scan.level == 0,
-                 f"the fit misses the rays that it saw by {beyond:.1f} times as neighbouring bins scatter; is "
-                 "it unfinished, the geometry wrong, a bin dead? What it leaves is taken for noise":
-                 self.recon.scan.level is None and not self.scan.poisson and beyond > 2}
+                 f"the fit misses the rays that it saw by {beyond:.1f} times as neighbours scatter; are the "
+                 "pixels too coarse, the fit unfinished, the geometry wrong? What it leaves is taken for noise":
+                 self.recon.scan.level is None and not self.scan.poisson and beyond > most}
         scan = replace(self.scan, held_out=self.recon.scan.held_out)
         return doubts(scan) + [doubt for doubt, told in found.items() if told]
 
@@ -101,9 +102,8 @@ class ImageOnly:
         return dict(
             name=scan.name, d_x=self.image.numel(), d_y=scan.measurement.numel(),
             held_out=list(self.recon.scan.held_out), **self.image_scores(),
-            noise_std=scan.level, fit_rms_over_noise=self.fit_rms_over_noise, doubts=self.doubts,
-            reconstruction=self.recon.settings, seed=self.recon.settings["seed"],
-            seconds=self.seconds, **what_ran())
+            noise_std=scan.level, neighbour_noise=scan.neighbour_noise, fit_rms_over_noise=self.fit_rms_over_noise,
+            doubts=self.doubts, reconstruction=self.recon.settings, seed=self.recon.settings["seed"], seconds=self.seconds, **what_ran())
 
     def image_scores(self) -> dict:
         """PSNR (peak: range of the truth) and SSIM of the image, and the PSNR of FBP and of DIP before the update; None

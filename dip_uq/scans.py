@@ -6,6 +6,7 @@
 __all__ = ['save_scan', 'load_scan', 'load_htc2022', 'located', 'import_fields']
 
 # %% ../nbs/09_scans.ipynb #01d10001
+import math
 import os
 import warnings
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ import torch
 from numpy.typing import ArrayLike
 
 from .corrections import filled, find_centre, measured, refine_centre
-from .data import Scan, _pixels, _positive, _real, _sides, _whole
+from .data import Scan, _pixels, _positive, _real, _sides, _whole, difference_noise
 from .doubts import ROOM, outermost, truncation
 from .files import as_path, write_by
 from .formats import _fields_of, _open, read_fields
@@ -95,9 +96,13 @@ def _scan_from(fields: Mapping, where: str, angles: int | None = None, size: int
         readings, own = _grouped(y[index], {key: value[index] for key, value in each.items()}, group)
         return Scan(readings, operator, pixel_size=operator.geometry.pixel_size, unit=str(unit), name=str(name),
                     **same, **own, **more)
+    fine = y.where(each["valid"], math.nan) if "valid" in each else y
+    apart = min(difference_noise(fine), difference_noise(fine.mT)) / group**0.5  # of bins, and of views
+    beside = None if counts or apart == math.inf else apart
     rest = _left_out(scanner.directions, index)
     if "valid" in each: rest = rest[each["valid"][rest].any(1)]
-    try: return part(index, truth=truth, held_out=() if angles else held_out, unused=part(rest) if len(rest) else None)
+    try: return part(index, truth=truth, held_out=() if angles else held_out, unused=part(rest) if len(rest) else None,
+                     neighbour_noise=beside)
     except (TypeError, ValueError) as error: raise ValueError(f"{where}: {error}") from error
 
 # %% ../nbs/09_scans.ipynb #a5e357ab

@@ -10,7 +10,7 @@ import tifffile
 import torch
 
 from dip_uq.calibration import check_unused
-from dip_uq.data import Scan, ellipses, rectangles, shepp_logan, simulate, walnut
+from dip_uq.data import Scan, ellipses, rectangles, shepp_logan, simulate, walnut, difference_noise
 from dip_uq.dip import reconstruct
 from dip_uq.doubts import doubts, negative_range, noise_excess
 from dip_uq.networks import UNet
@@ -18,7 +18,7 @@ from dip_uq.operators import as_operator, blur, fourier, mask
 from dip_uq.pipeline import headline, solve, solve_image
 from dip_uq.posterior import Posterior
 from dip_uq.rays import Geometry, fan_beam, parallel_beam, vector_beam
-from dip_uq.scans import load_htc2022
+from dip_uq.scans import load_htc2022, load_scan, save_scan
 
 FILES = {"posterior.safetensors", "result.safetensors", "summary.json", "image.tif", "std.tif", "interval68.tif", "interval95.tif", "samples.npz",
          "report.png", "result.nxs"}
@@ -94,6 +94,20 @@ def scan():
 
 
 def answered(scan): return solve(scan, UNet(3, 8), iterations=300, progress=False)
+
+
+@pytest.mark.parametrize("off", [0, 12])
+def test_fine_readings_tell_what_coarse_ones_cannot(off, tmp_path):
+    "An axis three coarse bins beside its place leaves more than neighbours differ by, of which coarse ones know nothing."
+    A = fan_beam(np.linspace(0, 2 * np.pi, 48, endpoint=False), (96, 96), 120, 1.2, source_origin=288, origin_detector=144)
+    fine = simulate(walnut(96), A, noise=0.01)
+    save_scan(replace(fine, noise_std=None), tmp_path / "fine.npz")
+    fields = dict(np.load(tmp_path / "fine.npz"))
+    np.savez(tmp_path / "axis.npz", **fields | dict(centre=59.5 + off))
+    scan = load_scan(tmp_path / "axis.npz", angles=24, size=24, bins=30)
+    found = solve_image(scan, UNet(3, 8), iterations=300, learning_rate=1e-2, progress=False)
+    assert scan.neighbour_noise < difference_noise(scan.measurement) / 3
+    assert any("times as neighbours scatter" in doubt for doubt in found.doubts) == (off > 0)
 
 
 def test_no_doubt_where_all_is_right(scan): assert answered(scan).summary()["doubts"] == []
