@@ -201,14 +201,14 @@ def maximise(model: Model,
     """Choose the hyperparameters of `model` by the largest evidence: L-BFGS-B on their logarithms, in float64.
 
     Where it has free pixels: first those of the network alone, then, from there, all together, with a prior density
-    that keeps variances from zero, ∝ (σ_d²)^0.1 for each block (a weak one; see Chung et al., Psychometrika 78:685, 2013).
+    that keeps variances from zero, ∝ σ_d^0.3 for each block (weaker than that of Chung et al., Psychometrika 78:685, 2013).
     """
     began, b, history = perf_counter(), len(model.blocks), []
     start, bounds = log_parameters(model, noise_std)
     nll = OBJECTIVES[objective](model) if theta is None else paper_objective(model, theta)
     if tv is not None: nll = with_tv(nll, tv, model.lin)
     free = np.array([block == FREE for block in model.blocks] + [False] * (len(start) - b))
-    tilt = 0.1 * (np.arange(len(start)) < b) * free.any() # slopes of the log prior density in log σ_d²
+    tilt = 0.15 * (np.arange(len(start)) < b) * free.any() # slopes of the log prior density
     given = {} if theta is None else dict(theta=theta)
     def at(p):
         value, slope = value_and_gradient(p, model, noise_std, nll)
