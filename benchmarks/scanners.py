@@ -9,6 +9,7 @@ the same file, it goes on where it stopped, and prints the table.
 tv          the best of five weights, chosen by the reference, which favours it
 solve       the defaults of the command line; z of its pixels against the reference, and of four views that it never saw, by
             themselves and jointly, with the share that the image, not the noise, has in the predicted variance
+all views   the same network fitted to all views: PSNR against the reference, and z of the pixels of `solve` against it
 """
 import os
 import warnings
@@ -23,7 +24,7 @@ from dip_uq.calibration import coverage, z_std
 from dip_uq.dip import psnr
 from dip_uq.fbp import fbp
 from dip_uq.networks import UNet
-from dip_uq.pipeline import solve
+from dip_uq.pipeline import solve, solve_image
 from dip_uq.rays import field_of_view
 from dip_uq.scans import load_scan
 from dip_uq.scores import miscalibration
@@ -49,17 +50,19 @@ def case(name, size, iterations):
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         every = load_scan(FOLDER / file, **how)
-        scan = load_scan(FOLDER / file, angles=views, size=size, **how)
+        scan, full = (load_scan(FOLDER / file, angles=n, size=size, **how) for n in (views, None))
     alike = every.logged.white
     reference = adaptive_avg_pool2d(fbp(alike.operator, alike.measurement, "hann")[None], size)[0]
     seen = field_of_view(scan.operator)
     def score(x): return psnr(x[seen], reference[seen])
     solution, seconds = timed(solve, scan, UNet(5, 32), iterations=iterations, progress=False)
     error, std, check = (solution.image - reference)[seen], solution.std[seen], solution.check
+    same = solve_image(full, UNet(5, 32), iterations=iterations, progress=False).image
     best, weight = max((score(x), weight) for weight, x in total_variations(scan))
     return dict(views=views, of=len(every.measurement), bins=scan.measurement.shape[1], psnr_fbp=score(solution.fbp),
                 psnr_tv=best, tv_weight=weight, psnr_dip=score(solution.recon.image), psnr=score(solution.image),
-                z=z_std(error, std), coverage=coverage(error, std), miscalibration=miscalibration(error, std), heldout_z=check.z_std,
+                z=z_std(error, std), coverage=coverage(error, std),
+                psnr_all=score(same), z_all=z_std((solution.image - same)[seen], std), miscalibration=miscalibration(error, std), heldout_z=check.z_std,
                 heldout_share=check.image_share, unused_z=solution.unused.z_std, unused_joint_z=solution.unused.joint_z,
                 unused_share=solution.unused.image_share, verdict=solution.verdict, seconds=seconds, doubts=solution.doubts, notes=[str(t.message) for t in told[:1]])
 
@@ -70,7 +73,7 @@ def main():
     lines = Lines(args.out, "name", "size")
     for name, size in lines.missing((name, size) for size in args.sizes for name in args.names if size <= CASES[name][3]):
         lines.add((name, size), case(name, size, args.iterations))
-    keys = ("psnr_fbp", "psnr_tv", "psnr_dip", "psnr", "z", "coverage", "miscalibration", "heldout_z", "heldout_share",
+    keys = ("psnr_fbp", "psnr_tv", "psnr_dip", "psnr", "z", "coverage", "psnr_all", "z_all", "miscalibration", "heldout_z", "heldout_share",
             "unused_z", "unused_joint_z", "unused_share")
     print_table(("scan", "size", "views", *keys, "verdict", "seconds"),
                 [(*lines.case(d), f"{d['views']} of {d['of']}", *(f"{d[k]:.2f}" for k in keys), d["verdict"], f"{d['seconds']:.0f}")
