@@ -251,7 +251,9 @@ class Covariance:
     @property
     def fitted(self) -> "Covariance":
         "That of the rays alone which the network was fitted to."
-        return Covariance(self.model, self.variance, self.length, self.noise, self.model.training)
+        found, t = Covariance(self.model, self.variance, self.length, self.noise, self.model.training), self.model.training
+        if "factor" in vars(self): found.factor = self.factor[:t, :t]
+        return found
 
     @property
     def prior(self) -> FilterPrior:
@@ -278,6 +280,30 @@ class Covariance:
     def quadratic(self, r: Tensor) -> Tensor: # (rays,) → ()
         "rᵀK⁻¹r."
         return _Quadratic.apply(self.weights, self, r)
+
+    def predicted(self, r: Tensor) -> Tensor: # (fitted rays,) → (held-out rays,)
+        "K_ht K_tt⁻¹ r: what the held-out rays would be where the fitted ones are `r`."
+        t = self.model.training
+        return (self.factor[t:, :t] @ torch.linalg.solve_triangular(self.factor[:t, :t], r[:, None], upper=False))[:, 0]
+
+    @cached_property
+    def confirmed(self) -> float: # 0 to 1
+        """α: how much of what the fit leaves of its own rays, r_t, is error of the image: that for which α K_ht K_tt⁻¹ r_t
+        is closest to the held-out r_h, in units of their covariance given r_t.
+
+        Zero unless σ_y is the scan's, as all that the fit leaves is then taken for noise.
+        """
+        t, r, claimed = self.model.training, self.model.residual, self.model.lin.scan.level
+        if not claimed or not math.isclose(float(self.noise), claimed**2) or t in (0, len(r)): return 0.0
+        both = torch.stack([self.predicted(r[:t]), r[t:]], 1)
+        p, h = torch.linalg.solve_triangular(self.factor[t:, t:], both, upper=False).T
+        return min(max(float(p @ h) / (float(p @ p) or 1.0), 0.0), 1.0)
+
+    @property
+    def residual(self) -> Tensor: # (rays,)
+        "y − A x̂: of the fitted rays what is `confirmed`, of the others all."
+        t, r = self.model.training, self.model.residual
+        return torch.cat([self.confirmed * r[:t], r[t:]])
 
     def forms(self, u: Tensor) -> Tensor: # (rays,) → (Grams + 1,)
         "uᵀGu for every Gram, and uᵀu: the slopes of uᵀKu."

@@ -51,10 +51,9 @@ class Posterior:
 
     @cached_property
     def mean(self) -> Tensor: # (H, W)
-        "x̂, moved by the `share` of what the held-out rays add to it: x̂ + share · K_xy K_yy⁻¹ (0, r_h)."
-        r = self.share * self.model.residual
-        r[:self.model.training] = 0
-        return self.lin.recon.image + self.lin.jvp(self.evidence.covariance.weights_given(r[:, None]))[0]
+        "x̂ + s K_xy K_yy⁻¹ (α r_t, r_h): moved by the share s of what the rays add to it; α: `Covariance.confirmed`."
+        K = self.evidence.covariance
+        return self.lin.recon.image + self.lin.jvp(K.weights_given(self.share * K.residual[:, None]))[0]
 
     def std(self, chunk: int = 16, progress: bool = False) -> Tensor: # (H, W)
         """The exact standard deviation of every pixel, from the rows of J, `chunk` at a time.
