@@ -231,7 +231,9 @@ class Scan:
         if every == 1: which, every = np.arange(count), count  # nothing would be left to fit
         some, times = min(max(round(n * every / count), n > 0), every - 1), np.bincount(which)
         if arc is None: chosen = _spread(times, some)
-        else: chosen = _with_ends([*dict.fromkeys(which[arc.argsort(kind="stable")])], times, some)
+        else:  # a fan's opposite views are at the same place of the arc: the order in the file must not decide
+            along = np.lexsort((self.operator.geometry.angles % (2 * np.pi), arc.round(9)))
+            chosen = _with_ends([*dict.fromkeys(which[along])], times, some)
         return replace(self, held_out=tuple(np.flatnonzero(np.isin(which, chosen)).tolist()))
 
     def apart(self) -> "Scan":

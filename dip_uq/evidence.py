@@ -203,7 +203,7 @@ def maximise(model: Model,
     """Choose the hyperparameters of `model` by the largest evidence: L-BFGS-B on their logarithms, in float64.
 
     Where it has free pixels: first those of the network alone, then, from there, all together, with a prior density
-    that keeps variances from zero, ∝ σ_d^0.3 for each block (weaker than that of Chung et al., Psychometrika 78:685, 2013).
+    that keeps variances from zero, ∝ σ_d^0.3 for each block (Chung et al., Psychometrika 78:685, 2013, have ∝ σ_d).
     """
     began, b, history = perf_counter(), len(model.blocks), []
     start, bounds = log_parameters(model, noise_std)

@@ -103,7 +103,8 @@ class ImageOnly:
             name=scan.name, d_x=self.image.numel(), d_y=scan.measurement.numel(),
             held_out=list(self.recon.scan.held_out), **self.image_scores(),
             noise_std=scan.level, neighbour_noise=scan.neighbour_noise, fit_rms_over_noise=self.fit_rms_over_noise,
-            doubts=self.doubts, reconstruction=self.recon.settings, seed=self.recon.settings["seed"], seconds=self.seconds, **what_ran())
+            doubts=self.doubts, reconstruction=self.recon.settings, seed=self.recon.settings["seed"],
+            seconds=self.seconds, **what_ran())
 
     def image_scores(self) -> dict:
         """PSNR (peak: range of the truth) and SSIM of the image, and the PSNR of FBP and of DIP before the update; None

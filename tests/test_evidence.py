@@ -130,8 +130,8 @@ def test_unknown_noise_is_what_the_fitted_rays_leave(lin):
 def test_rays_that_miss_nothing_leave_a_little_to_free_pixels(lin):
     """Held-out residuals of zero: any error of a pixel lowers the evidence, yet no variance is zero.
 
-    log evidence + log τ is stationary in τ; with a density ∝ τ the estimate is one standard error from zero, where
-    the log evidence, a parabola in τ at its maximum in zero, has fallen by 1/2 (Chung et al. 2013, section 3).
+    log evidence + 0.3 log τ is stationary in τ; so with a density ∝ τ^0.3 the log evidence, a parabola in τ at its
+    maximum in zero, has fallen by 0.15 where the estimate is (Chung et al. 2013, section 3: ∝ τ, by 1/2).
     """
     model, noise = Model.build(Linearization(lin.recon, free_pixels=True)), lin.recon.scan.noise_std
     silent = replace(model, residual=1e-3 * model.residual)
@@ -144,8 +144,8 @@ def test_rays_that_miss_nothing_leave_a_little_to_free_pixels(lin):
     log_tau = math.log(found.prior.variance[FREE]) / 2
     assert log_evidence(log_tau) == pytest.approx(found.value, abs=1e-8)
     slope = (log_evidence(log_tau + 1e-3) - log_evidence(log_tau - 1e-3)) / 2e-3
-    assert slope + 1 == pytest.approx(0, abs=0.02)
-    assert 0.4 < log_evidence(log_tau - 6) - found.value < 0.6
+    assert slope + 0.3 == pytest.approx(0, abs=0.02)
+    assert 0.12 < log_evidence(log_tau - 6) - found.value < 0.18
 
 
 def test_projections_that_are_measured_twice(lin):
