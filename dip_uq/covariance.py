@@ -251,7 +251,8 @@ class Covariance:
     @property
     def fitted(self) -> "Covariance":
         "That of the rays alone which the network was fitted to."
-        found, t = Covariance(self.model, self.variance, self.length, self.noise, self.model.training), self.model.training
+        t = self.model.training
+        found = Covariance(self.model, self.variance, self.length, self.noise, t)
         if "factor" in vars(self): found.factor = self.factor[:t, :t]
         return found
 
@@ -288,13 +289,13 @@ class Covariance:
 
     @cached_property
     def confirmed(self) -> float: # 0 to 1
-        """α: how much of what the fit leaves of its own rays, r_t, is error of the image: that for which α K_ht K_tt⁻¹ r_t
-        is closest to the held-out r_h, in units of their covariance given r_t.
+        """α: how much of r_t, what the fit leaves of its own rays, is error of the image: that for which
+        α K_ht K_tt⁻¹ r_t is closest to the held-out r_h, in units of their covariance given r_t.
 
         Zero unless σ_y is the scan's, as all that the fit leaves is then taken for noise.
         """
         t, r, claimed = self.model.training, self.model.residual, self.model.lin.scan.level
-        if not claimed or not math.isclose(float(self.noise), claimed**2) or t in (0, len(r)): return 0.0
+        if not claimed or not math.isclose(self.noise.item(), claimed**2) or t in (0, len(r)): return 0.0
         both = torch.stack([self.predicted(r[:t]), r[t:]], 1)
         p, h = torch.linalg.solve_triangular(self.factor[t:, t:], both, upper=False).T
         return min(max(float(p @ h) / (float(p @ p) or 1.0), 0.0), 1.0)

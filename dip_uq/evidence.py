@@ -284,11 +284,13 @@ def fitted_noise(lin: Linearization) -> float: # in the measurement's unit
 
 BELIEVED = 1.5 # times the noise that a scan claims is what a fit may leave of its rays without a doubt
 
-def believable_noise(lin: Linearization) -> list[float]: # one or two σ_y
-    "That of the scan, `fitted_noise` where it has none, and both where the fit leaves more than `BELIEVED` of it."
+def believable_noise(lin: Linearization) -> float: # in the measurement's unit
+    """σ_y of the scan, or `fitted_noise` where it knows none, or the fit leaves more than `BELIEVED` times as much.
+
+    Then noise, operator or fit are not what they seem, and that noise would press what is left into pixels.
+    """
     left, claimed = fitted_noise(lin), lin.scan.level
-    if not claimed or left > 100 * claimed: return [left]
-    return [claimed] if left <= BELIEVED * claimed else [claimed, left]
+    return claimed if claimed and left <= BELIEVED * claimed else left
 
 # %% ../nbs/21_evidence.ipynb #3f5d2ffe
 def check_evidence(lin: Linearization, objective: str) -> None:
@@ -309,8 +311,7 @@ def fit_evidence(lin: Linearization, # made from a reconstruction that holds pro
                 ) -> Evidence:
     """Choose σ_d² and ℓ_d by the largest evidence, exactly: from class Grams of all rays.
 
-    "Conditional" takes σ_y of `believable_noise`, of two the one of larger evidence; the others choose it along with the
-    rest where the scan does not know it.
+    "Conditional" takes `believable_noise`; the others choose σ_y along with the rest where the scan does not know it.
     The paper's objective takes θ* where the network has no normalisation layers, otherwise the mode of the linear model
     under the hyperparameters of the joint evidence, with TV where the prior has it. Raises ValueError for what does not
     go together or does not fit into memory.
@@ -323,7 +324,6 @@ def fit_evidence(lin: Linearization, # made from a reconstruction that holds pro
     if objective == "paper" and any(map(is_normalisation, lin.net.modules())):
         joint = maximise(model, "joint", noise_std, progress=progress)
         theta = tv_mode(joint, image_tv_strength(lin)) if tv else linear_mode(joint)
-    tried = believable_noise(lin) if objective == "conditional" else [noise_std]
-    found = max((maximise(model, objective, noise, tv=prior, theta=theta, progress=progress) for noise in tried),
-                key=lambda evidence: evidence.value)
+    if objective == "conditional": noise_std = believable_noise(lin)
+    found = maximise(model, objective, noise_std, tv=prior, theta=theta, progress=progress)
     return replace(found, seconds=dict(jacobian=jacobian) | found.seconds)

@@ -34,7 +34,7 @@ from .covariance import announce, require_dense
 from .data import Scan, _whole, difference_noise, seen_and_unseen
 from .dip import Reconstruction, check_arguments, gaussian, psnr, reconstruct
 from .doubts import doubts, lies_around, noise_excess
-from .evidence import fit_evidence, fitted_noise
+from .evidence import BELIEVED, fit_evidence, fitted_noise
 from .fbp import fbp, has_fbp
 from .files import State, save_tensors, stage, what_ran, write_by, write_whole
 from .formats import write_nexus
@@ -76,8 +76,6 @@ class ImageOnly:
         scan = gaussian(scan, image).white
         return math.sqrt(seen_and_unseen(scan, image)[0]) / scan.level if scan.level else None
 
-    believed = True # has the noise been taken to be what the scan claims?
-
     @cached_property
     def doubts(self) -> list[str]:
         "What may be wrong with this result, in words: `doubts` of the scan, then those of the fit."
@@ -86,7 +84,7 @@ class ImageOnly:
         fine = self.scan.neighbour_noise # a good fit leaves 4 or 5 times that where pixels are coarser than bins
         beyond, most = left / (fine or difference_noise(self.recon.scan.measurement) or math.inf), 6 if fine else 2
         found = {f"the fit misses the rays that it saw by {fit:.2f} times noise_std; is the fit unfinished, noise_std "
-                 "too small, a bin dead?" + " What it leaves is taken for noise" * (not self.believed):
+                 "too small, a bin dead?" + " What it leaves is taken for noise" * (fit > BELIEVED):
                  fit > 1.25 and (self.scan.poisson or self.recon.scan.noise_std is not None),
                  "noise_std is 0, but no measurement is exact; what the fit leaves is taken for noise":
                  self.scan.level == 0,
@@ -194,12 +192,6 @@ class Solution(ImageOnly):
     def tensors(self) -> dict[str, Tensor]:
         ends = {f"interval{100 * level:.0f}": torch.stack(self.interval(level)) for level in (0.68, 0.95)}
         return dict(image=self.image, std=self.std, raw_std=self.raw_std) | ends
-
-    @property
-    def believed(self) -> bool: # type: ignore[override]
-        "Has the noise been taken to be what the scan claims?"
-        claimed = self.posterior.lin.scan.level
-        return bool(claimed) and math.isclose(self.posterior.evidence.noise_std, claimed)
 
     def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]: # both (H, W)
         "The shortest that holds a pixel with the probability `level`; no lower than where the network's range begins."

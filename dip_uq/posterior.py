@@ -51,9 +51,12 @@ class Posterior:
 
     @cached_property
     def mean(self) -> Tensor: # (H, W)
-        "x̂ + s K_xy K_yy⁻¹ (α r_t, r_h): moved by the share s of what the rays add to it; α: `Covariance.confirmed`."
+        """x̂ + K_xy K_yy⁻¹ (α r_t, r_h), α: `Covariance.confirmed`, with the `share` of what r_h adds to α r_t; the fit
+        alone where that is 0.
+        """
         K = self.evidence.covariance
-        return self.lin.recon.image + self.lin.jvp(K.weights_given(self.share * K.residual[:, None]))[0]
+        if self.share == 0: return self.lin.recon.image
+        return self.lin.recon.image + self.lin.jvp(K.weights_given(K.residual[:, None], self.share))[0]
 
     def std(self, chunk: int = 16, progress: bool = False) -> Tensor: # (H, W)
         """The exact standard deviation of every pixel, from the rows of J, `chunk` at a time.
