@@ -227,12 +227,13 @@ class Scan:
         count, which = len(self.measurement), self.directions
         n, every = _whole("n", n, 0, count - 1), int(which.max()) + 1
         if self.measurement.ndim == 1: return replace(self, held_out=_drawn(count, n))
-        arc = self.operator.geometry.arc if isinstance(self.operator, RayTransform) and every > 1 else None
+        scanner = self.operator.geometry if isinstance(self.operator, RayTransform) else None
+        arc = scanner.arc if scanner and every > 1 else None
         if every == 1: which, every = np.arange(count), count  # nothing would be left to fit
         some, times = min(max(round(n * every / count), n > 0), every - 1), np.bincount(which)
-        if arc is None: chosen = _spread(times, some)
+        if arc is None or scanner is None: chosen = _spread(times, some)
         else:  # a fan's opposite views are at the same place of the arc: the order in the file must not decide
-            along = np.lexsort((self.operator.geometry.angles % (2 * np.pi), arc.round(9)))
+            along = np.lexsort((scanner.angles % (2 * np.pi), arc.round(9)))
             chosen = _with_ends([*dict.fromkeys(which[along])], times, some)
         return replace(self, held_out=tuple(np.flatnonzero(np.isin(which, chosen)).tolist()))
 
