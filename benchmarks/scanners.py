@@ -62,8 +62,8 @@ def case(name, size, iterations):
     return dict(views=views, of=len(every.measurement), bins=scan.measurement.shape[1], psnr_fbp=score(solution.fbp),
                 psnr_tv=best, tv_weight=weight, psnr_dip=score(solution.recon.image), psnr=score(solution.image),
                 z=z_std(error, std), coverage=coverage(error, std),
-                psnr_all=score(same), z_all=z_std((solution.image - same)[seen], std), miscalibration=miscalibration(error, std), heldout_z=check.z_std,
-                heldout_share=check.image_share, unused_z=solution.unused.z_std, unused_joint_z=solution.unused.joint_z,
+                psnr_all=score(same), z_all=z_std((solution.image - same)[seen], std),
+                miscalibration=miscalibration(error, std), heldout_z=check.z_std, heldout_share=check.image_share, unused_z=solution.unused.z_std, unused_joint_z=solution.unused.joint_z,
                 unused_share=solution.unused.image_share, verdict=solution.verdict, seconds=seconds, doubts=solution.doubts, notes=[str(t.message) for t in told[:1]])
 
 
@@ -73,8 +73,8 @@ def main():
     lines = Lines(args.out, "name", "size")
     for name, size in lines.missing((name, size) for size in args.sizes for name in args.names if size <= CASES[name][3]):
         lines.add((name, size), case(name, size, args.iterations))
-    keys = ("psnr_fbp", "psnr_tv", "psnr_dip", "psnr", "z", "coverage", "psnr_all", "z_all", "miscalibration", "heldout_z", "heldout_share",
-            "unused_z", "unused_joint_z", "unused_share")
+    keys = ("psnr_fbp", "psnr_tv", "psnr_dip", "psnr", "z", "coverage", "psnr_all", "z_all", "miscalibration", "heldout_z",
+            "heldout_share", "unused_z", "unused_joint_z", "unused_share")
     print_table(("scan", "size", "views", *keys, "verdict", "seconds"),
                 [(*lines.case(d), f"{d['views']} of {d['of']}", *(f"{d[k]:.2f}" for k in keys), d["verdict"], f"{d['seconds']:.0f}")
                  for d in lines])

@@ -192,6 +192,8 @@ class Scan:
         if self.blank is not None:
             put("blank", _each("blank", self.blank, self.measurement))
             put("poisson", True)
+        if self.neighbour_noise is not None:
+            put("neighbour_noise", _positive("neighbour_noise", self.neighbour_noise, zero=True))
         if self.pixel_size is not None:
             put("pixel_size", _sides("pixel_size", self.pixel_size, len(self.operator.domain_shape)))
         for field in "unit", "name":
@@ -227,11 +229,10 @@ class Scan:
         count, which = len(self.measurement), self.directions
         n, every = _whole("n", n, 0, count - 1), int(which.max()) + 1
         if self.measurement.ndim == 1: return replace(self, held_out=_drawn(count, n))
-        scanner = self.operator.geometry if isinstance(self.operator, RayTransform) else None
-        arc = scanner.arc if scanner and every > 1 else None
+        scanner = self.operator.geometry if isinstance(self.operator, RayTransform) and every > 1 else None
         if every == 1: which, every = np.arange(count), count  # nothing would be left to fit
         some, times = min(max(round(n * every / count), n > 0), every - 1), np.bincount(which)
-        if arc is None or scanner is None: chosen = _spread(times, some)
+        if scanner is None or (arc := scanner.arc) is None: chosen = _spread(times, some)
         else:  # a fan's opposite views are at the same place of the arc: the order in the file must not decide
             along = np.lexsort((scanner.angles % (2 * np.pi), arc.round(9)))
             chosen = _with_ends([*dict.fromkeys(which[along])], times, some)

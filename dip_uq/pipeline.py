@@ -81,18 +81,18 @@ class ImageOnly:
         "What may be wrong with this result, in words: `doubts` of the scan, then those of the fit."
         fit = self.fit_rms_over_noise or 0.0
         left = seen_and_unseen(self.recon.scan, self.recon.image)[0]**0.5
-        fine = self.scan.neighbour_noise # a good fit leaves 4 or 5 times that where pixels are coarser than bins
-        beyond, most = left / (fine or difference_noise(self.recon.scan.measurement) or math.inf), 6 if fine else 2
+        unknown = self.recon.scan.level is None and not self.scan.poisson
+        bounds = difference_noise(self.recon.scan.measurement), self.scan.neighbour_noise
+        coarse, fine = (bound or math.inf for bound in bounds) # good fits leave 4 or 5 times `fine` on coarse pixels
         found = {f"the fit misses the rays that it saw by {fit:.2f} times noise_std; is the fit unfinished, noise_std "
                  "too small, a bin dead?" + " What it leaves is taken for noise" * (fit > BELIEVED):
                  fit > 1.25 and (self.scan.poisson or self.recon.scan.noise_std is not None),
                  "noise_std is 0, but no measurement is exact; what the fit leaves is taken for noise":
                  self.scan.level == 0,
-                 f"the fit misses the rays that it saw by {beyond:.1f} times as neighbours scatter; are the "
-                 "pixels too coarse, the fit unfinished, the geometry wrong? What it leaves is taken for noise":
-                 self.recon.scan.level is None and not self.scan.poisson and beyond > most}
-        scan = replace(self.scan, held_out=self.recon.scan.held_out)
-        return doubts(scan) + [doubt for doubt, told in found.items() if told]
+                 f"the fit misses the rays that it saw by {left / min(coarse, fine):.1f} times as neighbours "
+                 "scatter; is it unfinished, are pixels too coarse, the geometry wrong, a bin dead? What it leaves is "
+                 "taken for noise": unknown and left > min(2 * coarse, 6 * fine)}
+        return doubts(replace(self.scan, held_out=self.recon.scan.held_out)) + [d for d, told in found.items() if told]
 
     def summary(self) -> dict:
         "All figures of the run, ready for JSON; scores are None without ground truth."

@@ -96,13 +96,11 @@ def _scan_from(fields: Mapping, where: str, angles: int | None = None, size: int
         readings, own = _grouped(y[index], {key: value[index] for key, value in each.items()}, group)
         return Scan(readings, operator, pixel_size=operator.geometry.pixel_size, unit=str(unit), name=str(name),
                     **same, **own, **more)
-    fine = y.where(each["valid"], math.nan) if "valid" in each else y
-    apart = min(difference_noise(fine), difference_noise(fine.mT)) / group**0.5  # of bins, and of views
-    beside = None if counts or apart == math.inf else apart
+    beside = None if counts else _neighbour_noise(y, each.get("valid"))
     rest = _left_out(scanner.directions, index)
     if "valid" in each: rest = rest[each["valid"][rest].any(1)]
     try: return part(index, truth=truth, held_out=() if angles else held_out, unused=part(rest) if len(rest) else None,
-                     neighbour_noise=beside)
+                     neighbour_noise=beside and beside / group**0.5)
     except (TypeError, ValueError) as error: raise ValueError(f"{where}: {error}") from error
 
 # %% ../nbs/09_scans.ipynb #a5e357ab
@@ -188,6 +186,12 @@ def _each_reading(fields: Mapping, y: torch.Tensor, where: str) -> dict[str, Any
         value = torch.as_tensor(value) if key == "valid" else _real(f"{where}: {key}", value, dtype=torch.float64)
         found[key] = value.expand(y.shape)
     return found
+
+def _neighbour_noise(y: torch.Tensor, valid: torch.Tensor | None) -> float | None:
+    "The largest noise of a reading that neighbouring bins and views allow; None where there are too few of them."
+    if valid is not None: y = y.where(valid, math.nan)
+    apart = min(difference_noise(y), difference_noise(y.mT))
+    return apart if apart < math.inf else None
 
 def _grouped(y: torch.Tensor, each: Mapping[str, torch.Tensor], group: int,
              ) -> tuple[torch.Tensor, dict[str, Any]]:

@@ -70,6 +70,7 @@ BAD_SCANS = dict(
     counts_as_numbers=(dict(poisson=np.ones(12)), "pass True or False"),
     sparse=(dict(measurement=Y.to_sparse()), "measurement is a sparse, quantised or meta tensor"),
     meta=(dict(measurement=Y.to("meta")), "measurement is a sparse, quantised or meta tensor"),
+    neighbour_noise=(dict(neighbour_noise=-1.0), "neighbour_noise=-1 is out of range"),
     unused_readings=(dict(unused=Y), "unused is a Tensor; pass a Scan"),
     unused_image=(dict(unused=Scan(torch.ones(2, 3), as_operator(torch.ones(6, 4), (2, 2), (2, 3)))),
                   "unused.operator.domain_shape has shape (2, 2), but (16, 16) is needed"),

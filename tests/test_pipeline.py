@@ -10,7 +10,7 @@ import tifffile
 import torch
 
 from dip_uq.calibration import check_unused
-from dip_uq.data import Scan, ellipses, rectangles, shepp_logan, simulate, walnut, difference_noise
+from dip_uq.data import Scan, difference_noise, ellipses, rectangles, shepp_logan, simulate, walnut
 from dip_uq.dip import reconstruct
 from dip_uq.doubts import doubts, negative_range, noise_excess
 from dip_uq.networks import UNet
