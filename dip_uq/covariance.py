@@ -212,13 +212,15 @@ class _Quadratic(torch.autograd.Function):
     @staticmethod
     def backward(ctx, slope: Tensor) -> tuple:
         _refuse_second_derivative()
-        return -slope * ctx.K.forms(ctx.u), None, None
+        by_weights = -slope * ctx.K.forms(ctx.u) if slope else torch.zeros_like(ctx.K.weights)
+        return by_weights, None, 2 * slope * ctx.u if ctx.needs_input_grad[2] else None
 
 # %% ../nbs/20_covariance.ipynb #c0000012
 class Covariance:
     """K_yy = Σ w G + σ_y² I of the rays of a model, exactly: Grams and one Cholesky factor, in float64.
 
-    Where the hyperparameters ask for gradients, `logdet` and `quadratic` pass them on; they can be differentiated once.
+    Where the hyperparameters ask for gradients, `logdet`, `quadratic` and `residual` pass them on; they can be
+    differentiated once.
     """
     kind = "exact"
 
@@ -288,17 +290,18 @@ class Covariance:
         return (self.factor[t:, :t] @ torch.linalg.solve_triangular(self.factor[:t, :t], r[:, None], upper=False))[:, 0]
 
     @cached_property
-    def confirmed(self) -> float: # 0 to 1
-        """α: how much of r_t, what the fit leaves of its own rays, is error of the image: that for which
-        α K_ht K_tt⁻¹ r_t is closest to the held-out r_h, in units of their covariance given r_t.
+    def confirmed(self) -> Tensor: # (), 0 to 1
+        """α: how much of r_t, what the fit leaves of its own rays, is error of the image: two standard errors less than
+        that for which α K_ht K_tt⁻¹ r_t is closest to the held-out r_h, in units of their covariance given r_t.
 
         Zero unless σ_y is the scan's, as all that the fit leaves is then taken for noise.
         """
         t, r, claimed = self.model.training, self.model.residual, self.model.lin.scan.level
-        if not claimed or not math.isclose(self.noise.item(), claimed**2) or t in (0, len(r)): return 0.0
-        both = torch.stack([self.predicted(r[:t]), r[t:]], 1)
-        p, h = torch.linalg.solve_triangular(self.factor[t:, t:], both, upper=False).T
-        return min(max(float(p @ h) / (float(p @ p) or 1.0), 0.0), 1.0)
+        if not claimed or not math.isclose(self.noise.item(), claimed**2): return r.new_zeros(()).cpu()
+        first, last = torch.cat([r[:t], 0 * r[t:]]), torch.cat([0 * r[:t], r[t:]])
+        crossed = self.quadratic(first) + self.quadratic(last) - self.quadratic(r)
+        information = (self.quadratic(first) - self.fitted.quadratic(r[:t])).clamp_min(1e-6) # 1 / standard error²
+        return (crossed / 2 / information - 2 / information.sqrt()).clamp(0, 1)
 
     @property
     def residual(self) -> Tensor: # (rays,)

@@ -236,7 +236,7 @@ class Solution(ImageOnly):
                                      ("z_std", "coverage95", "image_share", "joint_z", "scale", "scale_error")},
             noise_std=evidence.noise_std, std_method=self.std_method,
             evidence=dict(value=evidence.value, method=evidence.covariance.kind, objective=evidence.objective,
-                          evaluations=evidence.evaluations),
+                          evaluations=evidence.evaluations, confirmed=float(evidence.covariance.confirmed)),
             prior={b: dict(variance=prior.variance[b], length=prior.length[b]) for b in prior.blocks})
 
     def held(self, level: float) -> dict:

@@ -1,6 +1,7 @@
 "The TV prior over wide ranges of its inputs, and the evidence where matrices are nearly singular."
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -82,6 +83,22 @@ def test_derivatives_of_the_densities(t):
     assert torch.autograd.gradcheck(nll, h)
     with pytest.raises(RuntimeError, match="finite differences of its slopes"):
         torch.autograd.grad(nll(*h), h[0], create_graph=True)
+
+
+def test_derivatives_of_what_held_out_rays_confirm():
+    "α depends on the hyperparameters, and its slope is part of the evidence's; with another noise it is zero."
+    toy = Toy(4)
+    toy.lin, noise = SimpleNamespace(scan=SimpleNamespace(level=0.8**0.5)), torch.tensor(0.8, dtype=torch.float64)
+    def confirmed(*h): return toy.covariance(*h, noise).confirmed
+    def nll(*h):
+        K = toy.covariance(*h, noise)
+        return conditional_nll(K, K.residual, 3)
+    h = [torch.tensor(v, dtype=torch.float64).requires_grad_() for v in ([1.2, 0.3], [0.4, 2.0])]
+    first = 40 * toy.residual[:3]
+    toy.residual = torch.cat([first, 0.6 * toy.covariance(*h, noise).predicted(first).detach()])
+    assert 0.05 < confirmed(*h) < 0.95 and torch.autograd.gradcheck(confirmed, h) and torch.autograd.gradcheck(nll, h)
+    assert toy.covariance(*h, 1.1 * noise).confirmed == 0
+
 
 
 @pytest.fixture(scope="module")
