@@ -289,7 +289,7 @@ class Covariance:
         t = self.model.training
         return (self.factor[t:, :t] @ torch.linalg.solve_triangular(self.factor[:t, :t], r[:, None], upper=False))[:, 0]
 
-    @cached_property
+    @property
     def confirmed(self) -> Tensor: # (), 0 to 1
         """α: how much of r_t, what the fit leaves of its own rays, is error of the image: two standard errors less than
         that for which α K_ht K_tt⁻¹ r_t is closest to the held-out r_h, in units of their covariance given r_t.

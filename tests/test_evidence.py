@@ -1,5 +1,6 @@
 "The TV prior over wide ranges of its inputs, and the evidence where matrices are nearly singular."
 import math
+import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -98,6 +99,11 @@ def test_derivatives_of_what_held_out_rays_confirm():
     toy.residual = torch.cat([first, 0.6 * toy.covariance(*h, noise).predicted(first).detach()])
     assert 0.05 < confirmed(*h) < 0.95 and torch.autograd.gradcheck(confirmed, h) and torch.autograd.gradcheck(nll, h)
     assert toy.covariance(*h, 1.1 * noise).confirmed == 0
+    K = toy.covariance(*h, noise)
+    K.residual.sum().backward()
+    gone = weakref.ref(K)
+    del K
+    assert gone() is None  # a graph that K held would hold K, where no collector looks
 
 
 
