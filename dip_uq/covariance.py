@@ -206,14 +206,16 @@ class _LogDet(torch.autograd.Function):
 class _Quadratic(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weights: Tensor, K: "Covariance", r: Tensor) -> Tensor:
-        ctx.K, ctx.u = K, K.solve(r[:, None])[:, 0]
-        return (r @ ctx.u).cpu()
+        R = r.view(len(r), -1)
+        ctx.K, ctx.u, ctx.shape = K, K.solve(R), r.shape
+        return (R.T @ ctx.u).view(2 * r.shape[1:]).cpu()
 
     @staticmethod
     def backward(ctx, slope: Tensor) -> tuple:
         _refuse_second_derivative()
-        by_weights = -slope * ctx.K.forms(ctx.u) if slope else torch.zeros_like(ctx.K.weights)
-        return by_weights, None, 2 * slope * ctx.u if ctx.needs_input_grad[2] else None
+        slope = slope.view(2 * ctx.u.shape[1:])
+        by_weights = -(slope * ctx.K.forms(ctx.u)).flatten(1).sum(1)
+        return by_weights, None, (ctx.u @ (slope + slope.T).to(ctx.u)).view(ctx.shape)
 
 # %% ../nbs/20_covariance.ipynb #c0000012
 class Covariance:
@@ -280,7 +282,7 @@ class Covariance:
         "log|K|, or that of the rays after the first `given`, given these."
         return _LogDet.apply(self.weights, self, given)
 
-    def quadratic(self, r: Tensor) -> Tensor: # (rays,) → ()
+    def quadratic(self, r: Tensor) -> Tensor: # (rays,) → (), or (rays, b) → (b, b)
         "rᵀK⁻¹r."
         return _Quadratic.apply(self.weights, self, r)
 
@@ -291,17 +293,17 @@ class Covariance:
 
     @property
     def confirmed(self) -> Tensor: # (), 0 to 1
-        """α: how much of r_t, what the fit leaves of its own rays, is error of the image: two standard errors less than
-        that for which α K_ht K_tt⁻¹ r_t is closest to the held-out r_h, in units of their covariance given r_t.
+        """α: how much of r_t, what the fit leaves of its own rays, is error of the image, as far as held-out rays tell.
 
-        Zero unless σ_y is the scan's, as all that the fit leaves is then taken for noise.
+        Least squares: α₀ K_ht K_tt⁻¹ r_t is closest to r_h, in units of the covariance of h given t; then shrunk by its
+        standard error s to α₀³ / (α₀² + 9 s²). Zero where r_t is no larger than σ_y: then all of it may be noise.
         """
-        t, r, claimed = self.model.training, self.model.residual, self.model.lin.scan.level
-        if not claimed or not math.isclose(self.noise.item(), claimed**2): return r.new_zeros(()).cpu()
-        first, last = torch.cat([r[:t], 0 * r[t:]]), torch.cat([0 * r[:t], r[t:]])
-        crossed = self.quadratic(first) + self.quadratic(last) - self.quadratic(r)
-        information = (self.quadratic(first) - self.fitted.quadratic(r[:t])).clamp_min(1e-6) # 1 / standard error²
-        return (crossed / 2 / information - 2 / information.sqrt()).clamp(0, 1)
+        t, r = self.model.training, self.model.residual
+        if float(r[:t].square().sum()) <= 1.0001 * t * self.noise.item(): return r.new_zeros(()).cpu()
+        both = self.quadratic(torch.stack([torch.cat([r[:t], 0 * r[t:]]), torch.cat([0 * r[:t], r[t:]])], 1))
+        information = (both[0, 0] - self.fitted.quadratic(r[:t])).clamp_min(1e-9) # s⁻²
+        least = (-both[0, 1]).clamp_min(0) / information
+        return (least**3 / (least**2 + 9 / information)).clamp_max(1)
 
     @property
     def residual(self) -> Tensor: # (rays,)
@@ -309,9 +311,9 @@ class Covariance:
         t, r = self.model.training, self.model.residual
         return torch.cat([self.confirmed * r[:t], r[t:]])
 
-    def forms(self, u: Tensor) -> Tensor: # (rays,) → (Grams + 1,)
+    def forms(self, u: Tensor) -> Tensor: # (rays,) → (Grams + 1,), or (rays, b) → (Grams + 1, b, b)
         "uᵀGu for every Gram, and uᵀu: the slopes of uᵀKu."
-        return torch.stack([u @ (G @ u) for G in self.grams] + [u @ u]).cpu()
+        return torch.stack([u.T @ (G @ u) for G in self.grams] + [u.T @ u]).cpu()
 
     def traces(self, given: int = 0) -> Tensor: # (Grams + 1,)
         "The slopes of `logdet`: tr (K⁻¹ − K_tt⁻¹) G for every Gram and for the identity, t the first `given` rays."

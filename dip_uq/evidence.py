@@ -31,7 +31,7 @@ from .priors import FilterPrior, TVPrior, tap_covariance, tv_strength
 # %% ../nbs/21_evidence.ipynb #1538db90
 def conditional_nll(K: Covariance, # of n rays
                     r: Tensor, # (n,), residuals
-                    t: int, # how many rays come first, and are given
+                    t: int, # how many rays come first, and are given: none, or those fitted
                    ) -> Tensor: # ()
     "−log p(r_h | r_t) of the rays after the first `t`."
     whole = K.quadratic(r)

@@ -51,12 +51,9 @@ class Posterior:
 
     @cached_property
     def mean(self) -> Tensor: # (H, W)
-        """x̂ + K_xy K_yy⁻¹ (α r_t, r_h), α: `Covariance.confirmed`, with the `share` of what r_h adds to α r_t; the fit
-        alone where that is 0.
-        """
+        "x̂ + share · K_xy K_yy⁻¹ (α r_t, r_h), α: `Covariance.confirmed`."
         K = self.evidence.covariance
-        if self.share == 0: return self.lin.recon.image
-        return self.lin.recon.image + self.lin.jvp(K.weights_given(K.residual[:, None], self.share))[0]
+        return self.lin.recon.image + self.share * self.lin.jvp(K.weights_given(K.residual[:, None]))[0]
 
     def std(self, chunk: int = 16, progress: bool = False) -> Tensor: # (H, W)
         """The exact standard deviation of every pixel, from the rows of J, `chunk` at a time.

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['Explorer', 'control', 'shown', 'panels', 'true_image', 'film', 'spectrum', 'draw_film', 'draw_reconstruction',
-           'prior_images', 'prior_knobs', 'draw_prior', 'Landscape', 'optimiser_path', 'draw_landscape', 'square',
-           'covariance_with_region', 'draw_posterior', 'clickable', 'tracks', 'errors_of', 'draw_check']
+           'prior_images', 'prior_knobs', 'draw_prior', 'Landscape', 'silenced', 'optimiser_path', 'draw_landscape',
+           'square', 'covariance_with_region', 'draw_posterior', 'clickable', 'tracks', 'errors_of', 'draw_check']
 
 # %% ../nbs/29_widgets.ipynb #ea4b9237
 import html
 import io
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -199,7 +199,10 @@ def draw_prior(lin: Linearization, n: int = 4, **arguments) -> Figure: # argumen
 # %% ../nbs/29_widgets.ipynb #e6692ea5
 @dataclass(frozen=True)
 class Landscape:
-    "log p(y_h | y_t) as a function of σ² and σ_y, for some lengths ℓ; the eigenvalues hold for σ² = 1."
+    """log p(y_h | y_t) as a function of σ² and σ_y, for some lengths ℓ; the eigenvalues hold for σ² = 1.
+
+    All that the fit leaves of its own rays is taken for noise, here and by `optimiser_path`.
+    """
     model: Model
     lengths: np.ndarray # ℓ (L,), in taps
     rays: Tensor # eigenvalues for all rays (L, n), float64
@@ -210,8 +213,7 @@ class Landscape:
     def build(cls, model: Model, lengths: np.ndarray) -> "Landscape":
         "Two eigendecompositions for each length; ValueError where there is more than one block."
         if len(model.blocks) > 1: raise ValueError(f"model: has {len(model.blocks)} blocks; fit with shared=True")
-        t, r, found = model.training, model.residual.clone(), []
-        r[:t] = 0
+        t, r, found = model.training, silenced(model).residual, []
         for length in lengths:
             one = torch.ones(1, dtype=torch.float64)
             G = model.covariance(one, length * one, 0.0).matrix
@@ -227,9 +229,14 @@ class Landscape:
         nll = (self.energy[:, None] / all + all.log()).sum(-1) - given.log().sum(-1) + count * math.log(2 * math.pi)
         return (-0.5 * nll).numpy()
 
+def silenced(model: Model) -> Model:
+    "The model with nothing left of the rays that were fitted."
+    return replace(model, residual=torch.cat([0 * model.residual[:model.training], model.residual[model.training:]]))
+
 def optimiser_path(model: Model, noise_std: float) -> np.ndarray: # (steps, 2): σ² and ℓ
     "Where L-BFGS-B passes through on its way in `fit_evidence`, start and end included."
     start, bounds = log_parameters(model, noise_std)
+    model = silenced(model)
     steps, arguments = [start], (model, noise_std, conditional_objective(model))
     scipy.optimize.minimize(value_and_gradient, start, arguments, "L-BFGS-B", jac=True, bounds=bounds,
                             options=dict(maxiter=200, ftol=1e-6), callback=lambda p: steps.append(p))

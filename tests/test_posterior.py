@@ -78,9 +78,21 @@ class Dense:
         self.shifted = self.residual + A @ J @ torch.cat([w.detach().flatten() for w in weights])  # y − A (x̂ − Jθ*)
         K_xx = J @ dense_prior(recon.net, evidence.prior) @ J.T
         self.K_xy = K_xx @ A.T
-        self.K_yy = A @ self.K_xy + evidence.noise_std**2 * torch.eye(len(A), dtype=torch.float64)
+        self.noise = evidence.noise_std
+        self.K_yy = A @ self.K_xy + self.noise**2 * torch.eye(len(A), dtype=torch.float64)
         self.covariance = K_xx - self.K_xy @ torch.linalg.solve(self.K_yy, self.K_xy.T)
-        self.held = torch.cat([torch.zeros(self.fitted), self.residual[self.fitted:]])  # (0, r_h)
+        self.confirmed = self.part()
+        self.held = torch.cat([self.confirmed * self.residual[:self.fitted], self.residual[self.fitted:]])  # (α r_t, r_h)
+
+    def part(self):
+        "α of what the fit leaves of its own rays, by generalised least squares."
+        t, K, r = self.fitted, self.K_yy, self.residual
+        if r[:t].square().mean() <= self.noise**2: return 0.0
+        back = torch.linalg.solve(K[:t, :t], torch.cat([r[:t, None], K[:t, t:]], 1))
+        p, S = K[t:, :t] @ back[:, 0], K[t:, t:] - K[t:, :t] @ back[:, 1:]
+        information = p @ torch.linalg.solve(S, p)
+        best = float(p @ torch.linalg.solve(S, r[t:]) / information)
+        return min(best**3 / (best**2 + 9 / float(information)), 1.0) if best > 0 else 0.0
 
     def log_evidence(self, objective):
         def density(r, K): return float(MultivariateNormal(torch.zeros_like(r), K).log_prob(r))
@@ -125,6 +137,7 @@ def test_mean(case):
     posterior, dense, _ = case
     moved = dense.K_xy @ torch.linalg.solve(dense.K_yy, dense.held)
     close(posterior.mean.flatten() - posterior.lin.recon.image.flatten(), moved)
+    assert (dense.confirmed > 0.1) == (posterior.evidence.objective == "joint")  # the joint evidence finds less noise than is left
 
 
 def test_std(case):
