@@ -235,8 +235,8 @@ def silenced(model: Model) -> Model:
 
 def optimiser_path(model: Model, noise_std: float) -> np.ndarray: # (steps, 2): σ² and ℓ
     "Where L-BFGS-B passes through on its way in `fit_evidence`, start and end included."
-    start, bounds = log_parameters(model, noise_std)
     model = silenced(model)
+    start, bounds = log_parameters(model, noise_std)
     steps, arguments = [start], (model, noise_std, conditional_objective(model))
     scipy.optimize.minimize(value_and_gradient, start, arguments, "L-BFGS-B", jac=True, bounds=bounds,
                             options=dict(maxiter=200, ftol=1e-6), callback=lambda p: steps.append(p))
