@@ -313,7 +313,8 @@ class Covariance:
 
     def forms(self, u: Tensor) -> Tensor: # (rays,) → (Grams + 1,), or (rays, b) → (Grams + 1, b, b)
         "uᵀGu for every Gram, and uᵀu: the slopes of uᵀKu."
-        return torch.stack([u.T @ (G @ u) for G in self.grams] + [u.T @ u]).cpu()
+        each = [*(G @ u for G in self.grams), u]
+        return torch.stack([torch.tensordot(u, v, ([0], [0])) for v in each]).cpu()
 
     def traces(self, given: int = 0) -> Tensor: # (Grams + 1,)
         "The slopes of `logdet`: tr (K⁻¹ − K_tt⁻¹) G for every Gram and for the identity, t the first `given` rays."

@@ -105,7 +105,6 @@ def test_derivatives_of_what_held_out_rays_confirm():
     assert gone() is None  # a graph that K held would hold K, where no collector looks
 
 
-
 @pytest.fixture(scope="module")
 def lin():
     A = fan_beam(np.linspace(0, 2 * np.pi, 8, endpoint=False), (16, 16), 16, 1.5, source_origin=48, origin_detector=24)
