@@ -27,7 +27,7 @@ from common import Lines, arguments, some
 from torch.nn.functional import avg_pool2d
 
 from dip_uq.calibration import check_held_out, coverage, log_likelihood, z_std
-from dip_uq.dip import psnr, reconstruct
+from dip_uq.dip import reconstruct
 from dip_uq.evidence import conditional_objective, prior_of
 from dip_uq.fbp import fbp
 from dip_uq.linearization import FREE
@@ -37,6 +37,7 @@ from dip_uq.posterior import Posterior
 from dip_uq.rays import fan_beam, field_of_view
 from dip_uq.scans import load_htc2022
 from dip_uq.scores import miscalibration
+from dip_uq.variation import psnr
 
 SIZE, BINS = 64, 70
 STDS = 1e-4, 3e-4, 5e-4, 7e-4, 1e-3, 1.4e-3  # 1/mm

@@ -31,12 +31,13 @@ from skimage import data as skimage_data
 from skimage.transform import resize_local_mean
 
 from dip_uq.data import ellipses, shepp_logan, simulate, walnut
-from dip_uq.dip import psnr, reconstruct
+from dip_uq.dip import reconstruct
 from dip_uq.networks import UNet
 from dip_uq.pretraining import FINE, Pretrained, fan_scanner, fine_tune
 from dip_uq.rays import field_of_view
 from dip_uq.reuse import acceleration
 from dip_uq.scans import load_htc2022
+from dip_uq.variation import psnr
 
 
 def methods(taught):

@@ -19,11 +19,12 @@ from torch import nn
 
 from dip_uq.covariance import Model
 from dip_uq.data import simulate, walnut
-from dip_uq.dip import Run, descend, first_guess, fresh, reconstruct, total_variation
+from dip_uq.dip import Run, descend, first_guess, fresh, reconstruct
 from dip_uq.evidence import conditional_objective, log_parameters, value_and_gradient
 from dip_uq.linearization import Linearization, unit_vectors
 from dip_uq.networks import UNet
 from dip_uq.rays import fan_beam
+from dip_uq.variation import total_variation
 
 
 def scan(size=128, angles=30, bins=140):

@@ -48,7 +48,7 @@ from dip_uq.baselines import mc_dropout
 from dip_uq.calibration import check_held_out, coverage, log_likelihood, z_std
 from dip_uq.covariance import Model
 from dip_uq.data import simulate
-from dip_uq.dip import psnr, reconstruct
+from dip_uq.dip import reconstruct
 from dip_uq.evidence import fit_evidence, log_parameters, maximise, prior_of
 from dip_uq.linearization import Linearization
 from dip_uq.networks import UNet
@@ -58,6 +58,7 @@ from dip_uq.posterior import Posterior
 from dip_uq.priors import TVPrior
 from dip_uq.rays import parallel_beam
 from dip_uq.scores import crps, patches_of
+from dip_uq.variation import psnr
 
 PIXELS = mask(torch.ones(28, 28, dtype=torch.bool))  # all of them, seen directly
 

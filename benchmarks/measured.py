@@ -20,12 +20,12 @@ from common import Lines, arguments, print_table, some, timed
 from skimage.metrics import structural_similarity
 from torch.nn.functional import pad
 
-from dip_uq.dip import psnr, reconstruct
-from dip_uq.dip import total_variation as variation
+from dip_uq.dip import reconstruct
 from dip_uq.fbp import fbp
 from dip_uq.operators import cgls
 from dip_uq.rays import field_of_view
 from dip_uq.scans import load_htc2022
+from dip_uq.variation import psnr, total_variation as variation
 
 METHODS = "fbp", "cgls", "tv-oracle", "tv-held-out", "dip", "dip+tv"
 WEIGHTS = torch.logspace(0.75, -1.5, 10).tolist()

@@ -21,13 +21,13 @@ from measured import total_variation
 from torch.nn.functional import adaptive_avg_pool2d
 
 from dip_uq.calibration import coverage, z_std
-from dip_uq.dip import psnr
 from dip_uq.fbp import fbp
 from dip_uq.networks import UNet
 from dip_uq.pipeline import solve, solve_image
 from dip_uq.rays import field_of_view
 from dip_uq.scans import load_scan
 from dip_uq.scores import miscalibration
+from dip_uq.variation import psnr
 
 FOLDER = Path(os.environ.get("DIP_UQ_DATA", "")) / "measured"
 CASES = dict( # name: file, views, how it is read, pixels that its detector gives

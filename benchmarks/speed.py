@@ -14,9 +14,10 @@ import torch
 from common import arguments, timed, write
 
 from dip_uq.data import simulate, walnut
-from dip_uq.dip import first_guess, picture, psnr, total_variation, tv_for_noise
+from dip_uq.dip import first_guess, picture, tv_for_noise
 from dip_uq.networks import UNet, fresh
 from dip_uq.pretraining import fan_scanner
+from dip_uq.variation import psnr, total_variation
 
 WAYS = dict(float32={}, bfloat16=dict(low=True), channels_last=dict(last=True), compiled=dict(compiled=True))
 

@@ -123,10 +123,10 @@ def noise_excess(scan: Scan) -> float:
     return scan.level / limit if limit > 0 else 0.0
 
 # %% ../nbs/08_doubts.ipynb #bc570006
-def extent(x: torch.Tensor) -> float:
-    "How far the values of an image go up: to their 99 % quantile, or their maximum where that is twice as large."
+def extent(x: torch.Tensor, share: float = 0.99) -> float:
+    "How far the values of an image go up: to their quantile `share`, or their maximum where that is twice as large."
     some = x.flatten()[::1 + x.numel() // 2**24]  # torch.quantile takes no more
-    typical, peak = float(some.quantile(0.99)), float(x.max())
+    typical, peak = float(some.quantile(share)), float(x.max())
     return typical if peak < 2 * typical else peak
 
 def negative_range(scan: Scan) -> tuple[float, float] | None:  # lowest value of the image, and its range above that

@@ -14,11 +14,12 @@ from torch import nn
 
 from dip_uq import dip
 from dip_uq.data import ellipses, simulate
-from dip_uq.dip import Reconstruction, first_guess, psnr, reconstruct, total_variation
+from dip_uq.dip import Reconstruction, first_guess, reconstruct
 from dip_uq.files import load_tensors, save_tensors
 from dip_uq.networks import UNet
 from dip_uq.operators import LinearOperator, as_operator
 from dip_uq.rays import fan_beam, parallel_beam
+from dip_uq.variation import psnr, total_variation
 
 SHAPE = 14, 16
 TRUTH = torch.nn.functional.pad(ellipses(14, 1), (1, 1))

@@ -8,10 +8,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dip_uq.data import Scan, ellipses, simulate, walnut
-from dip_uq.dip import psnr
 from dip_uq.networks import UNet
 from dip_uq.pipeline import solve
 from dip_uq.rays import fan_beam, parallel_beam
+from dip_uq.variation import psnr
 
 few = settings(max_examples=3, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 FAN = dict(source_origin=60, origin_detector=30)
