@@ -6,7 +6,7 @@ The files lie in $DIP_UQ_DATA/measured and are read as they are. The reference i
 averaged over larger ones. It is no truth: it has noise, rings and streaks of its own. Scores are of the field of view. One line of JSON for each case; called again with
 the same file, it goes on where it stopped, and prints the table.
 
-tv          the best of five weights, chosen by the reference, which favours it
+tv          the best of five weights, chosen by the reference, which favours it; held_out: the weight chosen by held-out projections
 solve       the defaults of the command line; z of its pixels against the reference, and of four views that it never saw, by
             themselves and jointly, with the share that the image, not the noise, has in the predicted variance
 all views   the same network fitted to all views: PSNR against the reference, and z of the pixels of `solve` against it
@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 from common import Lines, arguments, print_table, some, timed
-from measured import total_variation
 from torch.nn.functional import adaptive_avg_pool2d
 
 from dip_uq.calibration import coverage, z_std
@@ -27,7 +26,7 @@ from dip_uq.pipeline import solve, solve_image
 from dip_uq.rays import field_of_view
 from dip_uq.scans import load_scan
 from dip_uq.scores import miscalibration
-from dip_uq.variation import psnr
+from dip_uq.variation import flattest, linear, psnr
 
 FOLDER = Path(os.environ.get("DIP_UQ_DATA", "")) / "measured"
 CASES = dict( # name: file, views, how it is read, pixels that its detector gives
@@ -38,10 +37,9 @@ WEIGHTS = 0.3, 0.1, 0.03, 0.01, 0.003 # of the largest entry of Aᵀ y
 
 def total_variations(scan):
     "Images for all weights, from the largest on."
-    scan = scan.logged.white
-    A, y, x = scan.operator, scan.measurement, torch.zeros(scan.operator.domain_shape)
-    top = float(A.T(y).max())
-    for weight in WEIGHTS: yield weight, (x := total_variation(A, y, weight * top, x, 300))
+    scan = linear(scan)
+    top = float(scan.operator.T(scan.measurement).max())
+    return zip(WEIGHTS, flattest(scan.operator, scan.measurement, [weight * top for weight in WEIGHTS], steps=300))
 
 
 def case(name, size, iterations):
@@ -60,7 +58,7 @@ def case(name, size, iterations):
     same = solve_image(full, UNet(5, 32), iterations=iterations, progress=False).image
     best, weight = max((score(x), weight) for weight, x in total_variations(scan))
     return dict(views=views, of=len(every.measurement), bins=scan.measurement.shape[1], psnr_fbp=score(solution.fbp),
-                psnr_tv=best, tv_weight=weight, psnr_dip=score(solution.recon.image), psnr=score(solution.image),
+                psnr_tv=best, tv_weight=weight, psnr_tv_held_out=score(solution.tv), psnr_dip=score(solution.recon.image), psnr=score(solution.image),
                 z=z_std(error, std), coverage=coverage(error, std),
                 psnr_all=score(same), z_all=z_std((solution.image - same)[seen], std),
                 miscalibration=miscalibration(error, std), heldout_z=check.z_std, heldout_share=check.image_share, unused_z=solution.unused.z_std, unused_joint_z=solution.unused.joint_z,
@@ -73,7 +71,7 @@ def main():
     lines = Lines(args.out, "name", "size")
     for name, size in lines.missing((name, size) for size in args.sizes for name in args.names if size <= CASES[name][3]):
         lines.add((name, size), case(name, size, args.iterations))
-    keys = ("psnr_fbp", "psnr_tv", "psnr_dip", "psnr", "z", "coverage", "psnr_all", "z_all", "miscalibration", "heldout_z",
+    keys = ("psnr_fbp", "psnr_tv", "psnr_tv_held_out", "psnr_dip", "psnr", "z", "coverage", "psnr_all", "z_all", "miscalibration", "heldout_z",
             "heldout_share", "unused_z", "unused_joint_z", "unused_share")
     print_table(("scan", "size", "views", *keys, "verdict", "seconds"),
                 [(*lines.case(d), f"{d['views']} of {d['of']}", *(f"{d[k]:.2f}" for k in keys), d["verdict"], f"{d['seconds']:.0f}")

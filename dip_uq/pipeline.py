@@ -32,7 +32,7 @@ from .calibration import (HeldOutCheck, RayCheck, check_held_out, check_unused, 
                                 log_likelihood, shortest_interval, z_std)
 from .covariance import announce, require_dense
 from .data import Scan, _whole, difference_noise, seen_and_unseen
-from .dip import Reconstruction, check_arguments, gaussian, reconstruct
+from .dip import ITERATIONS, Reconstruction, check_arguments, gaussian, reconstruct
 from .doubts import doubts, lies_around, noise_excess
 from .evidence import BELIEVED, fit_evidence, fitted_noise
 from .fbp import fbp, has_fbp
@@ -44,7 +44,7 @@ from .plotting import sections, show_image, small_text, tell
 from .posterior import Posterior
 from .rays import field_of_view
 from .scores import draw_calibration, draw_error_against_std, miscalibration, reliability
-from .variation import psnr
+from .variation import psnr, tv_reconstruction
 
 # %% ../nbs/28_pipeline.ipynb #55e9afa0
 @dataclass(frozen=True)
@@ -69,6 +69,12 @@ class ImageOnly:
         "Filtered back-projection (Hann window) of all projections, where the operator has one: see `has_fbp`."
         scan = self.scan.logged.white
         return fbp(scan.operator, scan.measurement, "hann") if has_fbp(scan.operator) else None
+
+    @cached_property
+    def tv(self) -> Tensor | None: # (H, W)
+        "What one would have without a network: `tv_reconstruction` of all projections; None where there is but one."
+        if len(self.scan.measurement) < 2: return None
+        return tv_reconstruction(replace(self.scan, held_out=()), -math.inf if self.recon.lowest else 0.0)[0]
 
     @cached_property
     def fit_rms_over_noise(self) -> float | None:
@@ -106,22 +112,21 @@ class ImageOnly:
             seconds=self.seconds, **what_ran())
 
     def image_scores(self) -> dict:
-        """PSNR (peak: range of the truth) and SSIM of the image, and the PSNR of FBP and of DIP before the update; None
+        """PSNR (peak: range of the truth) and SSIM of the image, and PSNR of FBP, TV, and DIP before the update; None
         without truth, and where it is constant. SSIM needs sides of three pixels, the field of view a pixel.
         """
         truth = self.scan.truth
         if truth is None or truth.max() == truth.min():
-            return dict.fromkeys(("psnr", "psnr_dip", "psnr_fbp", "ssim", "field_of_view"))
-        span, fbp = float(truth.max() - truth.min()), self.fbp
+            return dict.fromkeys(("psnr", "psnr_dip", "psnr_tv", "psnr_fbp", "ssim", "field_of_view"))
+        span = float(truth.max() - truth.min())
         window = min(7, (min(truth.shape) - 1) // 2 * 2 + 1) # the largest odd number of pixels that fits, 7 at most
         ssim = None if window < 3 else float(structural_similarity(
             (truth / span).cpu().numpy(), (self.image / span).cpu().numpy(), win_size=window, data_range=1.0))
-        scores = dict(psnr=psnr(self.image, truth), psnr_dip=psnr(self.recon.image, truth),
-                      psnr_fbp=None if fbp is None else psnr(fbp, truth), ssim=ssim, field_of_view=None)
-        if not (seen := field_of_view(self.scan.operator).to(truth.device)).any(): return scores
-        return scores | dict(field_of_view=dict(
-            pixels=int(seen.sum()), psnr=psnr(self.image[seen], truth[seen]),
-            psnr_fbp=None if fbp is None else psnr(fbp[seen], truth[seen])))
+        images = dict(psnr=self.image, psnr_dip=self.recon.image, psnr_tv=self.tv, psnr_fbp=self.fbp)
+        def scores(where): return {k: None if x is None else psnr(x[where], truth[where]) for k, x in images.items()}
+        seen = field_of_view(self.scan.operator).to(truth.device)
+        return scores(torch.ones_like(seen)) | dict(
+            ssim=ssim, field_of_view=dict(pixels=int(seen.sum()), **scores(seen)) if seen.any() else None)
 
     @cached_property
     def judged(self) -> Tensor: # (H, W), bool
@@ -130,8 +135,8 @@ class ImageOnly:
         return seen if seen.any() else torch.ones_like(seen)
 
     def report(self) -> Figure:
-        "One page: the image beside FBP and truth, and what it leaves of the measurement."
-        fig, axes = page(1, self)
+        "One page: the image beside FBP, TV and truth, and what it leaves of the measurement."
+        fig, axes = page(1, 5, self)
         draw_images(axes[0], self)
         return fig
 
@@ -320,14 +325,14 @@ def fitted(scan: Scan, net: nn.Module, state: State, seconds: dict[str, float], 
 
 # %% ../nbs/28_pipeline.ipynb #fc1214f3
 @with_gradients
-def solve_image(scan: Scan, net: nn.Module | None = None, progress: bool = True, learning_rate: float = 2e-3,
-                state: str | Path | None = None, **fit, # see `solve`
+def solve_image(scan: Scan, net: nn.Module | None = None, progress: bool = True, state: str | Path | None = None,
+                **fit, # see `solve`
                ) -> ImageOnly:
     "The first step of `solve` alone: the image without error bars, for any network and any number of rays."
     kept, seconds = State(state), {}
     net, began = check_fit(scan, net, progress, kept, fit), perf_counter()
-    if progress: tell(announce(scan, net, fit.get("iterations", 1000), None, kept))
-    recon = fitted(scan, net, kept, seconds, progress=progress, learning_rate=learning_rate, **fit)
+    if progress: tell(announce(scan, net, fit.get("iterations", ITERATIONS), None, kept))
+    recon = fitted(scan, net, kept, seconds, progress=progress, **fit)
     return ImageOnly(scan, recon, seconds | dict(total=perf_counter() - began))
 
 @with_gradients
@@ -335,9 +340,8 @@ def solve(scan: Scan, # what was measured
           net: nn.Module | None = None, # `UNet()` by default
           samples: int | None = None, # for the standard deviation; 0: exact; None: exact up to 10⁴ pixels, 512 beyond
           progress: bool = True, # tell what is to come, and show progress bars
-          learning_rate: float = 2e-3, # slower than that of `reconstruct`: the sigmoid saturates in fewer pixels
           state: str | Path | None = None, # folder for all that is made; called again, a run goes on from it
-          **fit, # tv, iterations, seed: see `reconstruct`
+          **fit, # tv, iterations, learning_rate, seed: see `reconstruct`
          ) -> Solution:
     """Reconstruct, linearise, choose hyperparameters on the held-out projections, compute error bars and check them.
 
@@ -350,8 +354,8 @@ def solve(scan: Scan, # what was measured
     if samples is None: samples = 0 if math.prod(scan.operator.domain_shape) <= 10_000 else 512
     samples = _whole("samples", samples, 0, 10**6)
     check_bars(scan, net)
-    if progress: tell(announce(scan, net, fit.get("iterations", 1000), samples, kept))
-    recon = fitted(scan, net, kept, seconds, progress=progress, learning_rate=learning_rate, **fit)
+    if progress: tell(announce(scan, net, fit.get("iterations", ITERATIONS), samples, kept))
+    recon = fitted(scan, net, kept, seconds, progress=progress, **fit)
     with stage("the rows of AJ, their Grams and the evidence", kept, {}, "evidence"):
         lin = Linearization(recon, free_pixels=True)
         lin.state = kept
@@ -372,31 +376,32 @@ def solve(scan: Scan, # what was measured
     return Solution(scan, recon, seconds, posterior, check, std, f"{samples} samples" if samples else "exact", unused)
 
 # %% ../nbs/28_pipeline.ipynb #91bad34d
-def draw_images(axes: Sequence[plt.Axes], s: ImageOnly) -> None: # four axes
-    "Truth, filtered back-projection, the image, and what it leaves of the measurement, as far as there are such."
+def draw_images(axes: Sequence[plt.Axes], s: ImageOnly) -> None: # five axes
+    "Truth, two usual reconstructions, the image, and what it leaves of the measurement, as far as there are such."
     truth, image = s.scan.truth, s.image.cpu()
     shown, unit = image if truth is None else truth.cpu(), s.scan.unit or "a.u."
     mean = isinstance(s, Solution) and s.posterior.share == 1
-    titles = "truth", "filtered back-projection", "posterior mean" if mean else "deep image prior"
-    for ax, title, x in zip(axes, titles, (truth, s.fbp, image)):
+    titles = "truth", "filtered back-projection", "total variation", "posterior mean" if mean else "deep image prior"
+    for ax, title, x in zip(axes, titles, (truth, s.fbp, s.tv, image)):
         if x is None: ax.set_axis_off()
         else: show_image(ax, sections(x.cpu()), title, unit, float(shown.min()), float(shown.max()))
         if x is not None: outline(ax, s)
     alike = gaussian(s.scan, s.image) # of counts: how far off they are, relative to what is expected
     residual = ((alike.operator(s.image) - alike.measurement) * (1 if alike.valid is None else alike.valid)).cpu()
-    if residual.ndim != 2: return axes[3].set_axis_off()
-    show_image(axes[3], residual, "residual Ax − y", "measurement", cmap="gray")
-    axes[3].set(aspect="auto", box_aspect=1, xlabel="bin", ylabel="projection")
-    small_text(axes[3])
+    if residual.ndim != 2: return axes[4].set_axis_off()
+    show_image(axes[4], residual, "residual Ax − y", "measurement", cmap="gray")
+    axes[4].set(aspect="auto", box_aspect=1, xlabel="bin", ylabel="projection")
+    small_text(axes[4])
 
 def outline(ax: plt.Axes, s: ImageOnly) -> None:
     "The rim of the field of view, where the image reaches far beyond it."
     if s.judged.ndim == 2 and lies_around(s.judged):
         ax.contour(s.judged.cpu().numpy(), [0.5], colors="tab:orange", linewidths=0.8)
 
-def page(rows: int, s: ImageOnly) -> tuple[Figure, np.ndarray]: # axes (rows, 4)
+def page(rows: int, columns: int, s: ImageOnly) -> tuple[Figure, np.ndarray]: # axes (rows, columns)
     "A page of `rows` rows, with the figures and doubts of `s` on top."
-    fig, axes = plt.subplots(rows, 4, figsize=(10, 2.7 * rows), dpi=70, layout="compressed", squeeze=False)
+    size = 10, 10.8 * rows / columns
+    fig, axes = plt.subplots(rows, columns, figsize=size, dpi=70, layout="compressed", squeeze=False)
     title = "\n".join([headline(s.summary()), *(fill(f"Doubt: {doubt}", 150) for doubt in s.doubts)])
     fig.suptitle(title, fontsize=8, parse_math=False) # names may hold a $
     plt.close(fig)
@@ -404,19 +409,19 @@ def page(rows: int, s: ImageOnly) -> tuple[Figure, np.ndarray]: # axes (rows, 4)
 
 def draw_report(s: Solution) -> Figure:
     "Images on top, honesty of the error bars below (pixels of the field of view); without truth, held-out rays alone."
-    fig, axes = page(2, s)
+    fig, axes = page(3, 3, s)
     unit, truth, std = s.scan.unit or "a.u.", s.scan.truth, s.std.cpu()
-    draw_images([*axes[0, :3], axes[1, 0]], s)
-    show_image(axes[0, 3], sections(std), "standard deviation", unit, 0, float(std.max()), "magma")
-    outline(axes[0, 3], s)
+    draw_images([*axes[0], axes[1, 0], axes[2, 0]], s)
+    show_image(axes[1, 1], sections(std), "standard deviation", unit, 0, float(std.max()), "magma")
+    outline(axes[1, 1], s)
     if truth is not None:
         error, seen = (s.image - truth).abs().cpu(), s.judged
-        show_image(axes[1, 1], sections(error), "|error|", unit, 0, float(std.max()), cmap="magma")
+        show_image(axes[1, 2], sections(error), "|error|", unit, 0, float(std.max()), cmap="magma")
         draws = torch.cat(list(s.posterior.deviations(64))).cpu()
-        draw_error_against_std(axes[1, 2], error[seen], std[seen], unit, draws[:, seen])
+        draw_error_against_std(axes[2, 1], error[seen], std[seen], unit, draws[:, seen])
     else:
-        for ax in axes[1, 1:3]: ax.set_axis_off()
-    draw_honesty(axes[1, 3], s)
+        for ax in (axes[1, 2], axes[2, 1]): ax.set_axis_off()
+    draw_honesty(axes[2, 2], s)
     return fig
 
 def draw_honesty(ax: plt.Axes, s: Solution) -> None:
@@ -438,7 +443,9 @@ def headline(summary: dict) -> str:
     if summary["psnr"] is not None:
         for where, scores in (("all pixels", summary), ("field of view", summary["field_of_view"])):
             if scores is None: continue
+            others = dict(TV=scores["psnr_tv"], FBP=scores["psnr_fbp"])
+            usual = "".join(f", {name} {value:.1f}" for name, value in others.items() if value is not None)
             said = "  ·  z-std {zstd:.2f}  ·  coverage of 95 % intervals {coverage95:.2f}" * bars
             if bars and scores["miscalibration"] is not None: said += "  ·  miscalibration {miscalibration:.2f}"
-            lines.append(f"{where}  ·  PSNR {scores['psnr']:.1f} dB" + said.format(**scores))
+            lines.append(f"{where}  ·  PSNR {scores['psnr']:.1f} dB{usual}" + said.format(**scores))
     return "\n".join(lines)
