@@ -1,6 +1,6 @@
 """Where are the bars? `solve` on simulated images of nine kinds: errors against bars by tenths, z, coverage, likelihood.
 
-    python benchmarks/reliability.py --out reliability.jsonl [--kinds held-back | chosen-on | NAMES] [--size 64] [--iterations 1000]
+    python benchmarks/reliability.py --out reliability.jsonl [--kinds held-back | chosen-on | NAMES] [--size 64] [--iterations 2000]
                                     [--finer 1]
 
 Each kind has six scans, fan beam over a full turn: noise of 1, 5 and 10 % with 30 projections and with 20, another seed for each. Maps of free pixels and the search for
@@ -115,7 +115,7 @@ def row(name, found):
 
 
 def main():
-    args = arguments(__doc__, kinds=["held-back"], size=64, iterations=1000, finer=1)
+    args = arguments(__doc__, kinds=["held-back"], size=64, iterations=2000, finer=1)
     kinds = [kind for name in args.kinds for kind in GROUPS.get(name, [name])]
     torch.set_num_threads(1)
     lines = Lines(args.out, "kind", "noise", "angles", "seed")

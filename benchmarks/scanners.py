@@ -1,6 +1,6 @@
 """Scanners' own files: filtered back-projection, total variation and `solve` from few views, against FBP of all views.
 
-    python benchmarks/scanners.py --out scanners.jsonl [--names tooth stxm] [--sizes 64 128] [--iterations 1000]
+    python benchmarks/scanners.py --out scanners.jsonl [--names tooth stxm] [--sizes 64 128] [--iterations 2000]
 
 The files lie in $DIP_UQ_DATA/measured and are read as they are. The reference is FBP (Hann window) of all views and bins, in as many pixels,
 averaged over larger ones. It is no truth: it has noise, rings and streaks of its own. Scores are of the field of view. One line of JSON for each case; called again with
@@ -42,22 +42,27 @@ def total_variations(scan):
     return zip(WEIGHTS, flattest(scan.operator, scan.measurement, [weight * top for weight in WEIGHTS], steps=300))
 
 
-def case(name, size, iterations):
-    "The findings of one scan at one size."
+def referenced(name, size):
+    "A scan of few views, FBP of all of them, the scan of all, the scan as it was recorded, and what was told while it was read."
     file, views, how, _ = CASES[name]
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         every = load_scan(FOLDER / file, **how)
         scan, full = (load_scan(FOLDER / file, angles=n, size=size, **how) for n in (views, None))
     alike = every.logged.white
-    reference = adaptive_avg_pool2d(fbp(alike.operator, alike.measurement, "hann")[None], size)[0]
+    return scan, adaptive_avg_pool2d(fbp(alike.operator, alike.measurement, "hann")[None], size)[0], full, every, told
+
+
+def case(name, size, iterations):
+    "The findings of one scan at one size."
+    scan, reference, full, every, told = referenced(name, size)
     seen = field_of_view(scan.operator)
     def score(x): return psnr(x[seen], reference[seen])
     solution, seconds = timed(solve, scan, UNet(5, 32), iterations=iterations, progress=False)
     error, std, check = (solution.image - reference)[seen], solution.std[seen], solution.check
     same = solve_image(full, UNet(5, 32), iterations=iterations, progress=False).image
     best, weight = max((score(x), weight) for weight, x in total_variations(scan))
-    return dict(views=views, of=len(every.measurement), bins=scan.measurement.shape[1], psnr_fbp=score(solution.fbp),
+    return dict(views=CASES[name][1], of=len(every.measurement), bins=scan.measurement.shape[1], psnr_fbp=score(solution.fbp),
                 psnr_tv=best, tv_weight=weight, psnr_tv_held_out=score(solution.tv), psnr_dip=score(solution.recon.image), psnr=score(solution.image),
                 z=z_std(error, std), coverage=coverage(error, std),
                 psnr_all=score(same), z_all=z_std((solution.image - same)[seen], std),
@@ -66,7 +71,7 @@ def case(name, size, iterations):
 
 
 def main():
-    args = arguments(__doc__, names=some(CASES), sizes=[64, 128], iterations=1000)
+    args = arguments(__doc__, names=some(CASES), sizes=[64, 128], iterations=2000)
     torch.set_num_threads(1)
     lines = Lines(args.out, "name", "size")
     for name, size in lines.missing((name, size) for size in args.sizes for name in args.names if size <= CASES[name][3]):
