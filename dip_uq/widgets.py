@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from .calibration import coverage, held_out_errors, z_std
 from .covariance import Model
 from .data import Scan, _whole
-from .dip import Reconstruction, Run, descend, first_guess
+from .dip import Reconstruction, Run, descend, first_guess, range_and_weight
 from .evidence import conditional_objective, log_parameters, value_and_gradient
 from .fbp import fbp, has_fbp
 from .linearization import Linearization, block_distances
@@ -119,9 +119,10 @@ def film(scan: Scan, # all of its projections are fitted
     "The images that a fit goes through."
     iterations, every = _whole("iterations", iterations), _whole("every", every)
     z, scale = first_guess(scan, "noise", seed)
+    lowest, scale, _ = range_and_weight(scan, scale, tv, None)
     run = Run(fresh(net, seed).to(z), learning_rate, iterations, seed)
     kept = {*range(0, iterations, every), iterations - 1}
-    return {run.iteration: run.image for _ in descend(run, z, scale, scan, tv) if run.iteration in kept}
+    return {run.iteration: run.image for _ in descend(run, z, scale, scan, tv, lowest=lowest) if run.iteration in kept}
 
 # %% ../nbs/30_widgets.ipynb #e716d970
 def spectrum(image: Tensor, # (H, W)
