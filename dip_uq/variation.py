@@ -88,8 +88,8 @@ def linear(scan: Scan) -> Scan:
 def chosen_weights(scan: Scan, lowest: float = 0.0) -> tuple[float, float]:
     """The largest λ that is as good as the best, and the best: how well the other projections predict those held out.
 
-    Held out is every sixth projection of a `linear` scan, unless it has some that are. Weights are halved until two in a
-    row predict worse. As good: within a standard error of the difference.
+    Held out is every sixth projection of a `linear` scan, unless it has some that are. Weights are halved until two in
+    a row predict worse. As good: within a standard error of the difference.
     """
     part = scan.apart()
     A, y, unseen = part.training.operator, part.training.measurement, part.validation

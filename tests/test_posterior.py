@@ -87,7 +87,7 @@ class Dense:
     def part(self):
         "α of what the fit leaves of its own rays, by generalised least squares."
         t, K, r = self.fitted, self.K_yy, self.residual
-        if r[:t].square().mean() <= self.noise**2: return 0.0
+        if r[:t].square().mean() <= 1.0001 * self.noise**2: return 0.0
         back = torch.linalg.solve(K[:t, :t], torch.cat([r[:t, None], K[:t, t:]], 1))
         p, S = K[t:, :t] @ back[:, 0], K[t:, t:] - K[t:, :t] @ back[:, 1:]
         information = p @ torch.linalg.solve(S, p)
