@@ -64,7 +64,7 @@ def flattest(A: LinearOperator, y: Tensor, weights: Iterable[float], lowest: flo
             slope = A.T(p) / size + sum(divergence(e, d) for d, e in enumerate(q)) / root
             old, x = x, (x - down * slope).clamp(min=lowest * size / unit)
             ahead = 2 * x - old
-        yield x * (unit / size)
+        yield (x * (unit / size)).clamp(min=lowest)
 
 def rebalanced(balance: float, before: list[Tensor], now: list[Tensor]) -> float: # x, p, q
     "Half way, of logarithms, from `balance` to how far x has gone relative to p and q, but between 1 and 300."
@@ -109,6 +109,9 @@ def tv_reconstruction(scan: Scan, lowest: float = 0.0) -> tuple[Tensor, float]: 
 
     Raises ValueError for a single projection. Sources: Rudin, Osher and Fatemi 1992; Sidky and Pan 2008.
     """
+    if len(scan.measurement) < 2:
+        raise ValueError("scan.measurement: 1 projection, but 2 or more are needed, as some of them choose the weight; "
+                         "flattest takes a weight of your own")
     scan = linear(scan)
     weight, _ = chosen_weights(scan, lowest)
     *_, image = flattest(scan.operator, scan.measurement, [8 * weight, 3 * weight, weight], lowest)
