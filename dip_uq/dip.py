@@ -371,17 +371,18 @@ def tv_of_flattest(scan: Scan, weight: float, scale: float) -> float:
     "γ of twice the λ in ½‖Ax − y‖² + λ |x|_TV, for the readings that may be fitted."
     return 4 * weight * scale / float(scan.training.measurement.double().square().sum())
 
-def range_and_weight(scan: Scan, scale: float, tv: float | None, taught: Tensor | None) -> tuple[float, float, float]:
+def range_and_weight(scan: Scan, scale: float, tv: float | None, taught: Tensor | None = None,
+                     judges: bool = False) -> tuple[float, float, float]:
     """Lowest value of the image, range above it, and γ where it is not given.
 
     `taught` is what an educated network makes of the scan; its range is the one with which that explains the scan best.
-    γ is `tv_for_noise` where the noise is known, and else `tv_of_flattest`. Of one projection there is no flattest
-    image, and `scale` is the range.
+    γ is `tv_for_noise` where the noise is known, and else `tv_of_flattest`; held-out projections choose its weight if they
+    are `judges`. Of one projection there is no flattest image, and `scale` is the range.
     """
-    lowest, span, weight = image_range(scan) if len(scan.training.measurement) > 1 else (0.0, scale, None)
+    known, few = scan.poisson or scan.level is not None, len(scan.training.measurement) < 2
+    lowest, span, weight = (0.0, scale, None) if few else image_range(scan, judges and not known)
     if taught is not None and not lowest and (factor := amplitude(scan, taught)) > 0: span = factor
-    known = scan.poisson or scan.level is not None or weight is None
-    if tv is None: tv = tv_for_noise(scan) if known else tv_of_flattest(scan, weight, span)
+    if tv is None: tv = tv_for_noise(scan) if known or weight is None else tv_of_flattest(scan, weight, span)
     return lowest, span, tv
 
 # %% ../nbs/12_dip.ipynb #16a6af29
@@ -442,7 +443,7 @@ def reconstruct(scan: Scan, # what was measured; its truth, if any, is only scor
     digested = digest(net.state_dict()) if educated else "fresh"
     net = (copy.deepcopy(net) if educated else fresh(net, seed)).to(z)
     with torch.no_grad(), seeded(seed): taught = picture(net, z) if educated else None
-    lowest, scale, tv = range_and_weight(scan, scale, tv, taught)
+    lowest, scale, tv = range_and_weight(scan, scale, tv, taught, judges=stop == "heldout")
     settings = dict(tv=tv, iterations=iterations, stop=stop, learning_rate=learning_rate, seed=seed,
                     start=start if isinstance(start, str) else "image", jitter=jitter, weights=digested)
     run, watch, save = Run(net, learning_rate, iterations, seed), [], None

@@ -120,14 +120,15 @@ def tv_reconstruction(scan: Scan, lowest: float = 0.0) -> tuple[Tensor, float]: 
 # %% ../nbs/10_variation.ipynb #0a000017
 TOP = 0.999 # share of pixels that the range of an image covers
 
-def image_range(scan: Scan) -> tuple[float, float, float]: # lowest value, range above it, λ
+def image_range(scan: Scan, judges: bool = False) -> tuple[float, float, float]: # lowest value, range above it, λ
     """From where to where the flattest image of the best weight goes, and the λ of `tv_reconstruction`.
 
-    From the readings that may be fitted. The lowest value is 0 unless they ask for less (`negative_range`).
+    From the readings that may be fitted; those held out choose the weights if they are `judges`. The lowest value is 0
+    unless they ask for less (`negative_range`).
     """
     signed, part = negative_range(scan) is not None, linear(scan.training)
     bound = -math.inf if signed else 0.0
-    weight, best = chosen_weights(part, bound)
+    weight, best = chosen_weights(linear(scan) if judges else part, bound)
     *_, image = flattest(part.operator, part.measurement, [8 * weight, 3 * weight, weight, best], bound)
     inside = [image]
     if isinstance(scan.operator, RayTransform) and lies_around(seen := field_of_view(scan.operator)):

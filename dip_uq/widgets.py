@@ -119,7 +119,7 @@ def film(scan: Scan, # all of its projections are fitted
     "The images that a fit goes through."
     iterations, every = _whole("iterations", iterations), _whole("every", every)
     z, scale = first_guess(scan, "noise", seed)
-    lowest, scale, _ = range_and_weight(scan, scale, tv, None)
+    lowest, scale, _ = range_and_weight(scan, scale, tv)
     run = Run(fresh(net, seed).to(z), learning_rate, iterations, seed)
     kept = {*range(0, iterations, every), iterations - 1}
     return {run.iteration: run.image for _ in descend(run, z, scale, scan, tv, lowest=lowest) if run.iteration in kept}
