@@ -376,8 +376,8 @@ def range_and_weight(scan: Scan, scale: float, tv: float | None, taught: Tensor 
     """Lowest value of the image, range above it, and γ where it is not given.
 
     `taught` is what an educated network makes of the scan; its range is the one with which that explains the scan best.
-    γ is `tv_for_noise` where the noise is known, and else `tv_of_flattest`; held-out projections choose its weight if they
-    are `judges`. Of one projection there is no flattest image, and `scale` is the range.
+    γ is `tv_for_noise` where the noise is known, and else `tv_of_flattest`; held-out projections choose its weight if
+    they are `judges`. Of one projection there is no flattest image, and `scale` is the range.
     """
     known, few = scan.poisson or scan.level is not None, len(scan.training.measurement) < 2
     lowest, span, weight = (0.0, scale, None) if few else image_range(scan, judges and not known)
