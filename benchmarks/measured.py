@@ -1,7 +1,7 @@
 """Measured scans: filtered back-projection, CGLS, total variation and the deep image prior, with the same projections.
 
     python benchmarks/measured.py --out measured.jsonl [--names ta tb] [--angles 30 60] [--sizes 128 256]
-                                   [--methods fbp dip+tv] [--iterations 1000]
+                                   [--methods fbp dip+tv] [--iterations 2000]
 
 The scans are from the Helsinki Tomography Challenge 2022; the truth is the published reconstruction from all 720 angles. One
 line of JSON for each case and method; called again with the same file, it goes on where it stopped, and prints the table.
@@ -71,7 +71,7 @@ def scores(scan, images):
 
 
 def main():
-    args = arguments(__doc__, names=["ta", "tb"], angles=[30, 60], sizes=[128, 256], methods=some(METHODS), iterations=1000)
+    args = arguments(__doc__, names=["ta", "tb"], angles=[30, 60], sizes=[128, 256], methods=some(METHODS), iterations=2000)
     lines, load = Lines(args.out, "name", "angles", "size", "method"), lru_cache(1)(load_htc2022)
     for name, angles, size, method in lines.missing((name, angles, size, method) for size in args.sizes
                                                     for name in args.names for angles in args.angles

@@ -26,13 +26,12 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from .data import Scan, _check_peak, _positive, _real, _whole
-from .doubts import extent, lies_around
+from .doubts import reach
 from .fbp import fbp, has_fbp
 from .files import digest, keep_tensors, kept_tensors, load_tensors, named, save_tensors
 from .networks import NETWORKS, UNet, fresh, optimizer_tensors, restore_optimizer, seeded
 from .operators import blur, cgls
 from .plotting import bar, show_image
-from .rays import RayTransform, field_of_view
 from .variation import amplitude, image_range, psnr, total_variation
 
 # %% ../nbs/12_dip.ipynb #ab8b9750
@@ -51,9 +50,7 @@ def first_guess(scan: Scan, # only the readings that may be fitted are used
     A, y = fitted.operator, fitted.measurement
     rough = cgls(A, y, 10)
     _check_peak(y, float(rough.abs().max()))
-    scale = extent(rough.abs())
-    if isinstance(A, RayTransform) and lies_around(seen := field_of_view(A)):
-        scale = max(scale, extent(rough.abs()[seen.to(rough.device)]))
+    scale = reach(A, rough.abs())
     if not isinstance(start, str): return (_real("start", start, rough.shape).to(rough) / scale)[None, None], scale
     if start not in STARTS: raise ValueError(f"start: {start!r} is unknown; choose one of {', '.join(STARTS)}")
     if start == "noise":

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ROOM', 'doubts', 'limited', 'in_the_other_unit', 'outermost', 'just_missing', 'complete', 'breadth', 'truncation',
-           'read_beyond_noise', 'noise_excess', 'extent', 'negative_range', 'cramped', 'lies_around', 'widened']
+           'read_beyond_noise', 'noise_excess', 'extent', 'negative_range', 'cramped', 'lies_around', 'reach',
+           'widened']
 
 # %% ../nbs/08_doubts.ipynb #0d000002
 from dataclasses import replace
@@ -16,7 +17,7 @@ from .corrections import dead_bins
 from .data import Scan, _positive, _trials, difference_noise, largest_noise
 from .fbp import _unweighted, circular
 from .operators import LinearOperator, cgls
-from .rays import Geometry, Rays, RayTransform, _gaps, _ray_transform, pixel_sides
+from .rays import Geometry, Rays, RayTransform, _gaps, _ray_transform, field_of_view, pixel_sides
 
 # %% ../nbs/08_doubts.ipynb #d0b70002
 def doubts(scan: Scan) -> list[str]:
@@ -154,6 +155,12 @@ def cramped(scan: Scan) -> bool:
 def lies_around(seen: torch.Tensor) -> bool:
     "Is the field of view `seen` so small that more than two fifths of the image lie around it?"
     return bool(0 < seen.double().mean() < 0.6)
+
+def reach(A: LinearOperator, image: torch.Tensor, share: float = 0.99) -> float:
+    "The `extent` of an image or, if that goes farther, of the field of view that much of the image lies around."
+    top = extent(image, share)
+    if not isinstance(A, RayTransform) or not lies_around(seen := field_of_view(A)): return top
+    return max(top, extent(image[seen.to(image.device)], share))
 
 def widened(scan: Scan, factor: float = ROOM) -> Scan:
     """The scan with an image of more pixels, which reaches `factor` times as far, for projections that are truncated.

@@ -123,10 +123,10 @@ class ImageOnly:
         ssim = None if window < 3 else float(structural_similarity(
             (truth / span).cpu().numpy(), (self.image / span).cpu().numpy(), win_size=window, data_range=1.0))
         images = dict(psnr=self.image, psnr_dip=self.recon.image, psnr_tv=self.tv, psnr_fbp=self.fbp)
-        def scores(where): return {k: None if x is None else psnr(x[where], truth[where]) for k, x in images.items()}
+        def quality(where): return {k: None if x is None else psnr(x[where], truth[where]) for k, x in images.items()}
         seen = field_of_view(self.scan.operator).to(truth.device)
-        return scores(torch.ones_like(seen)) | dict(
-            ssim=ssim, field_of_view=dict(pixels=int(seen.sum()), **scores(seen)) if seen.any() else None)
+        return quality(torch.ones_like(seen)) | dict(
+            ssim=ssim, field_of_view=dict(pixels=int(seen.sum()), **quality(seen)) if seen.any() else None)
 
     @cached_property
     def judged(self) -> Tensor: # (H, W), bool

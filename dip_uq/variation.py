@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from .data import Scan
-from .doubts import extent, lies_around, negative_range
+from .doubts import negative_range, reach
 from .operators import LinearOperator
-from .rays import RayTransform, field_of_view
 
 # %% ../nbs/10_variation.ipynb #0a000007
 def total_variation(image: Tensor) -> Tensor: # image (H, W) or (D, H, W) → ()
@@ -130,11 +129,8 @@ def image_range(scan: Scan, judges: bool = False) -> tuple[float, float, float]:
     bound = -math.inf if signed else 0.0
     weight, best = chosen_weights(linear(scan) if judges else part, bound)
     *_, image = flattest(part.operator, part.measurement, [8 * weight, 3 * weight, weight, best], bound)
-    inside = [image]
-    if isinstance(scan.operator, RayTransform) and lies_around(seen := field_of_view(scan.operator)):
-        inside.append(image[seen.to(image.device)])
-    lowest = -max(extent(-x, TOP) for x in inside) if signed else 0.0
-    return lowest, max(extent(x, TOP) for x in inside) - lowest, weight
+    lowest = -reach(scan.operator, -image, TOP) if signed else 0.0
+    return lowest, reach(scan.operator, image, TOP) - lowest, weight
 
 def amplitude(scan: Scan, image: Tensor) -> float:
     "The factor with which an image explains the readings that may be fitted best; 0 where it predicts none."
