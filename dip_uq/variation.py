@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from .data import Scan
-from .doubts import negative_range, reach
-from .operators import LinearOperator
+from .doubts import extent, negative_range, reach
+from .operators import LinearOperator, cgls
+from .rays import RayTransform
 
 # %% ../nbs/10_variation.ipynb #0a000007
 def total_variation(image: Tensor) -> Tensor: # image (H, W) or (D, H, W) → ()
@@ -123,14 +124,18 @@ def image_range(scan: Scan, judges: bool = False) -> tuple[float, float, float]:
     """From where to where the flattest image of the best weight goes, and the λ of `tv_reconstruction`.
 
     From the readings that may be fitted; those held out choose the weights if they are `judges`. The lowest value is 0
-    unless they ask for less (`negative_range`).
+    unless they ask for less (`negative_range`). Where readings are no rays, the range is not less than that of ten
+    steps of `cgls`.
     """
-    signed, part = negative_range(scan) is not None, linear(scan.training)
+    signed, part = negative_range(scan), linear(scan.training)
     bound = -math.inf if signed else 0.0
     weight, best = chosen_weights(linear(scan) if judges else part, bound)
     *_, image = flattest(part.operator, part.measurement, [8 * weight, 3 * weight, weight, best], bound)
-    lowest = -reach(scan.operator, -image, TOP) if signed else 0.0
-    return lowest, reach(scan.operator, image, TOP) - lowest, weight
+    lowest, top = -reach(scan.operator, -image, TOP) if signed else 0.0, reach(scan.operator, image, TOP)
+    if not isinstance(scan.operator, RayTransform):
+        low, span = signed or (0.0, extent(cgls(part.operator, part.measurement, 10).abs()))
+        lowest, top = min(lowest, low), max(top, low + span)
+    return lowest, top - lowest, weight
 
 def amplitude(scan: Scan, image: Tensor) -> float:
     "The factor with which an image explains the readings that may be fitted best; 0 where it predicts none."
