@@ -19,13 +19,14 @@ import numpy as np
 import torch
 from common import KMNIST, arguments, kmnist, some
 
-from dip_uq.covariance import Model, fitted_first
+from dip_uq.compression import fitted_first
+from dip_uq.covariance import Model
 from dip_uq.data import ellipses, simulate, walnut
 from dip_uq.dip import reconstruct
 from dip_uq.evidence import maximise
+from dip_uq.files import peak_memory_mb, versions
 from dip_uq.linearization import Linearization, class_grams
 from dip_uq.networks import UNet
-from dip_uq.pipeline import peak_memory_mb, versions
 from dip_uq.priors import TVPrior, network_blocks, one_block
 from dip_uq.rays import fan_beam, parallel_beam
 
@@ -44,17 +45,17 @@ class Laps:
 
 def fit(lin, objective, blocks, noise_std, tv=False, chunk=8):
     "The exact method, step by step."
-    laps, (operator, residual, t) = Laps(), fitted_first(lin)
-    rows = lin.rows(operator, chunk)
+    laps, rays = Laps(), fitted_first(lin)
+    rows = lin.rows(rays.operator, chunk)
     laps("rows")
     grams = {b: class_grams(lin, rows, names) for b, names in blocks.items()}
     laps("grams")
     prior = TVPrior.build(lin, blocks) if tv else None
     laps("tv")
-    found = maximise(Model(lin, blocks, operator, rows, residual, t, grams), objective, noise_std, tv=prior)
+    found = maximise(Model(**vars(rays), lin=lin, blocks=blocks, rows=rows, grams=grams), objective, noise_std, tv=prior)
     laps("evidence")
     total = sum(v for k, v in laps.seconds.items() if k.startswith("seconds_"))
-    return found, dict(d_x=lin.recon.image.numel(), d_y=len(residual), parameters=lin.parameters, **laps.seconds,
+    return found, dict(d_x=lin.recon.image.numel(), d_y=rays.readings, parameters=lin.parameters, **laps.seconds,
                        seconds_total=total, evidence=found.value, evaluations=found.evaluations,
                        noise_std=found.noise_std, variance=found.prior.variance, length=found.prior.length,
                        peak_memory_mb=peak_memory_mb())
