@@ -231,7 +231,6 @@ class Covariance:
     Where the hyperparameters ask for gradients, `logdet`, `quadratic` and `residual` pass them on; they can be
     differentiated once.
     """
-    kind = "exact"
 
     def __init__(self, model: Model,
                  variance: Tensor, length: Tensor, # σ_d² and ℓ_d, both (blocks,), float64

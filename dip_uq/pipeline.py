@@ -242,8 +242,9 @@ class Solution(ImageOnly):
             verdict=self.verdict, **{f"unused_{name}": getattr(self.unused, name, None) for name in
                                      ("z_std", "coverage95", "image_share", "joint_z", "scale", "scale_error")},
             noise_std=evidence.noise_std, std_method=self.std_method,
-            evidence=dict(value=evidence.value, rays=evidence.covariance.rays, method=evidence.covariance.kind, objective=evidence.objective,
-                          evaluations=evidence.evaluations, confirmed=float(evidence.covariance.confirmed)),
+            evidence=dict(value=evidence.value, rays=evidence.covariance.rays, # or combinations of rays
+                          objective=evidence.objective, evaluations=evidence.evaluations,
+                          confirmed=float(evidence.covariance.confirmed)),
             prior={b: dict(variance=prior.variance[b], length=prior.length[b]) for b in prior.blocks})
 
     def held(self, level: float) -> dict:
@@ -293,11 +294,10 @@ class Solution(ImageOnly):
 
 # %% ../nbs/29_pipeline.ipynb #a47e010c
 def check_bars(scan: Scan, net: nn.Module) -> None:
-    "Raise ValueError, before the fit, for networks that cannot be linearised, and that do not fit into memory with the rays."
-    channels = getattr(net, "settings", {}).get("inputs", 1)
-    check_network(net, scan.measurement.new_zeros(1, channels, *scan.operator.domain_shape))
-    rays, like = min(scan.measurement.numel(), MOST), scan.measurement
-    require_dense(convolutions(net), rays, like.element_size(), like.device)
+    "Raise ValueError, before the fit, for networks that cannot be linearised, or are too large with so many rays."
+    channels, y = getattr(net, "settings", {}).get("inputs", 1), scan.measurement
+    check_network(net, y.new_zeros(1, channels, *scan.operator.domain_shape))
+    require_dense(convolutions(net), min(y.numel(), MOST), y.element_size(), y.device)
 
 def too_long(std: Tensor, image: Tensor) -> bool:
     "Is the root mean square of the error bars more than a third of the range of the image?"
@@ -347,10 +347,9 @@ def solve(scan: Scan, # what was measured
          ) -> Solution:
     """Reconstruct, linearise, choose hyperparameters on the held-out projections, compute error bars and check them.
 
-    Raises TypeError or ValueError, before the fit, for arguments that cannot work, for networks that cannot be
-    linearised (see `convolutions`), and for those that do not fit into memory with the rays. KeyboardInterrupt says
-    where it was and how to go on. The `state`, about as large as the rows of AJ, may be removed once the result is
-    saved.
+    Raises TypeError or ValueError, before the fit, for arguments that cannot work, and for networks that cannot be
+    linearised (see `convolutions`) or are too large with so many rays. KeyboardInterrupt says where it was and how to
+    go on. The `state`, about as large as the rows of AJ, may be removed once the result is saved.
     """
     kept, seconds = State(state), {}
     net, began = check_fit(scan, net, progress, kept, fit), perf_counter()
