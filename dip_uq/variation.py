@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOP', 'total_variation', 'psnr', 'operator_norm', 'divergence', 'flattest', 'rebalanced', 'linear', 'chosen_weights',
-           'tv_reconstruction', 'image_range', 'amplitude']
+           'tv_reconstruction', 'looks_elsewhere', 'image_range', 'amplitude']
 
 # %% ../nbs/10_variation.ipynb #0a000004
 import math
@@ -17,7 +17,6 @@ from torch import Tensor
 from .data import Scan
 from .doubts import extent, negative_range, reach
 from .operators import LinearOperator, cgls
-from .rays import RayTransform
 
 # %% ../nbs/10_variation.ipynb #0a000007
 def total_variation(image: Tensor) -> Tensor: # image (H, W) or (D, H, W) → ()
@@ -120,19 +119,29 @@ def tv_reconstruction(scan: Scan, lowest: float = 0.0) -> tuple[Tensor, float]: 
 # %% ../nbs/10_variation.ipynb #0a000017
 TOP = 0.999 # share of pixels that the range of an image covers
 
+def looks_elsewhere(scan: Scan) -> bool:
+    "Are most pixels that matter to readings held out out of sight of the others?"
+    part = scan.apart()
+    def weight(some): # of each pixel in these readings: the mean square of its column of A, roughly
+        g = torch.Generator().manual_seed(0)
+        signs = torch.randint(2, (8, *some.measurement.shape), generator=g).to(some.measurement) * 2 - 1
+        return some.operator.T(signs).square().mean(0)
+    seen, wanted = weight(part.training), weight(part.validation)
+    return float(wanted[seen < 0.3 * wanted].sum()) > 0.5 * float(wanted.sum())
+
 def image_range(scan: Scan, judges: bool = False) -> tuple[float, float, float]: # lowest value, range above it, λ
     """From where to where the flattest image of the best weight goes, and the λ of `tv_reconstruction`.
 
     From the readings that may be fitted; those held out choose the weights if they are `judges`. The lowest value is 0
-    unless they ask for less (`negative_range`). Where readings are no rays, the range is not less than that of ten
-    steps of `cgls`.
+    unless they ask for less (`negative_range`). Where held-out readings look elsewhere, the range is not less than that of
+    ten steps of `cgls`.
     """
     signed, part = negative_range(scan), linear(scan.training)
     bound = -math.inf if signed else 0.0
     weight, best = chosen_weights(linear(scan) if judges else part, bound)
     *_, image = flattest(part.operator, part.measurement, [8 * weight, 3 * weight, weight, best], bound)
     lowest, top = -reach(scan.operator, -image, TOP) if signed else 0.0, reach(scan.operator, image, TOP)
-    if not isinstance(scan.operator, RayTransform):
+    if looks_elsewhere(part):
         low, span = signed or (0.0, extent(cgls(part.operator, part.measurement, 10).abs()))
         lowest, top = min(lowest, low), max(top, low + span)
     return lowest, top - lowest, weight
