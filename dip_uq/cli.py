@@ -128,7 +128,7 @@ def parser() -> argparse.ArgumentParser:
         p.add_argument("--device", default="cpu", help="torch device, such as cuda (default %(default)s)")
         p.add_argument("--image-only", action="store_true", help="no error bars")
         p.add_argument("--method", choices=["exact", "samples"], help="how the standard deviation of pixels is "
-                       "computed (default exact up to 10⁴ pixels)")
+                       "computed (default exact up to 5,000 pixels)")
         p.add_argument("--samples", type=int, metavar="N", help="how many samples for it (default 512)")
         p.add_argument("--verbose", action="store_true", help="tell how long each stage took; errors with a traceback")
         p.add_argument("--out", type=Path, default=Path("out"), metavar="DIR",

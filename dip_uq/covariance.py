@@ -18,7 +18,7 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor, nn
 
-from .compression import MOST, Readings, combinations, compressed, fitted_first
+from .compression import FEW, MOST, Readings, combinations, compressed, fitted_first
 from .data import Scan
 from .dip import picture
 from .files import State
@@ -113,8 +113,9 @@ def forecast(scan: Scan, net: nn.Module, iterations: int, samples: int | None) -
     if samples is None: return fit
     speed = len(square)**3 / taken(lambda: float((square @ square).sum()))
     convs = convolutions(trial)
-    weights, size, rays = sum(m.weight.numel() for m in convs.values()), z.element_size(), min(n, MOST)
-    kept, draws = (n, 0) if rays == n else (MOST // 2, MOST // 2) # half as many as there may be usually do
+    weights, size = sum(m.weight.numel() for m in convs.values()), z.element_size()
+    rays = n if n <= FEW else min(n, MOST)
+    kept, draws = (n, 0) if n <= FEW else (min(n, MOST) // 2, MOST // 2) # half as many as there may be usually do
     return fit | dict(bars=dense_seconds(weights, kept, p, samples, draws, row, speed), rays=rays,
                 memory=dense_bytes(convs, rays, size), disk=(rays * weights + samples * p) * size)
 
@@ -125,7 +126,7 @@ def announce(scan: Scan, net: nn.Module, iterations: int, samples: int | None, s
     fit = f"fit of {iterations} steps, {waiting(told['fit'])}"
     if samples is None: return f"image alone: {fit}{kept}"
     if state.folder: kept += f" (up to {told['disk'] / 1e9:.2g} GB)"
-    rays = f"{n} rays" if told["rays"] == n else f"{n} rays in at most {told['rays']} combinations"
+    rays = f"{n} rays" if n <= FEW else f"{n} rays in at most {told['rays']} combinations"
     weights = sum(m.weight.numel() for m in convolutions(net).values())
     return (f"error bars {f'from {samples} samples' if samples else 'exact'}: {rays} × {weights} weights, about "
             f"{told['memory'] / 1e9:.2g} GB of memory; {fit}, then {waiting(told['bars'])}{kept}")
@@ -152,10 +153,10 @@ class Model(Readings):
     def of(cls, lin: Linearization, blocks: dict[str, list[str]], progress: bool = False) -> "Model":
         """Compute the rows of AJ and their Grams once; ValueError where they do not fit into memory.
 
-        More than `MOST` readings are `compressed` first.
+        More than `FEW` readings are `compressed` first.
         """
         rays, network = fitted_first(lin), {b: names for b, names in blocks.items() if b != FREE}
-        if rays.readings > MOST: rays = compressed(rays, combinations(lin, rays, MOST, progress))
+        if rays.readings > FEW: rays = compressed(rays, combinations(lin, rays, MOST, progress))
         n, like = len(rays.residual), lin.recon.z
         require_dense(lin.convs, n, like.element_size(), like.device, network.values())
         rows = lin.rows(rays.operator, progress=progress)

@@ -340,7 +340,7 @@ def solve_image(scan: Scan, net: nn.Module | None = None, progress: bool = True,
 @with_gradients
 def solve(scan: Scan, # what was measured
           net: nn.Module | None = None, # `UNet()` by default
-          samples: int | None = None, # for the standard deviation; 0: exact; None: exact up to 10⁴ pixels, 512 beyond
+          samples: int | None = None, # for the standard deviation; 0: exact; None: exact up to 5,000 pixels, 512 beyond
           progress: bool = True, # tell what is to come, and show progress bars
           state: str | Path | None = None, # folder for all that is made; called again, a run goes on from it
           **fit, # tv, iterations, learning_rate, seed: see `reconstruct`
@@ -353,7 +353,7 @@ def solve(scan: Scan, # what was measured
     """
     kept, seconds = State(state), {}
     net, began = check_fit(scan, net, progress, kept, fit), perf_counter()
-    if samples is None: samples = 0 if math.prod(scan.operator.domain_shape) <= 10_000 else 512
+    if samples is None: samples = 0 if math.prod(scan.operator.domain_shape) <= 5000 else 512
     samples = _whole("samples", samples, 0, 10**6)
     check_bars(scan, net)
     if progress: tell(announce(scan, net, fit.get("iterations", ITERATIONS), samples, kept))

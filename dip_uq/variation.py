@@ -133,8 +133,8 @@ def image_range(scan: Scan, judges: bool = False) -> tuple[float, float, float]:
     """From where to where the flattest image of the best weight goes, and the λ of `tv_reconstruction`.
 
     From the readings that may be fitted; those held out choose the weights if they are `judges`. The lowest value is 0
-    unless they ask for less (`negative_range`). Where held-out readings look elsewhere, the range is not less than that of
-    ten steps of `cgls`.
+    unless they ask for less (`negative_range`). Where held-out readings look elsewhere, the range is not less than
+    that of ten steps of `cgls`.
     """
     signed, part = negative_range(scan), linear(scan.training)
     bound = -math.inf if signed else 0.0

@@ -42,7 +42,7 @@ def freed(lin):
 
 def few(monkeypatch):
     "As if no more than 1000 of the 1440 rays were to be kept."
-    monkeypatch.setattr(covariance, "MOST", MOST)
+    for name in ("FEW", "MOST"): monkeypatch.setattr(covariance, name, MOST)
 
 
 def test_hyperparameters_are_as_good_as_those_of_all_rays(lin, monkeypatch):
