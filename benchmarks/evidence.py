@@ -1,12 +1,11 @@
 """How long the hyperparameters take, from a fitted network to the optimum: rows of AJ, Grams, search.
 
-    python benchmarks/evidence.py --out FILE [--case kmnist28 growth largest walnut]
+    python benchmarks/evidence.py --out FILE [--case kmnist28 growth largest]
 
 kmnist28     28² pixels, 20 angles, 820 rays, a U-Net of 76.6 k weights, a variance and a length for each block, TV prior,
              noise unknown: the setting of arXiv:2203.00479
 growth       seconds for more rays, pixels and weights, and the exponents of the power laws through them
 largest      11,070 rays, which take 13 GB
-walnut       501² pixels, 7,680 rays, U-Net 6 × 128: needs a GPU with 110 GB
 
 Times are wall-clock seconds of this process; cpu_seconds beside them tell how much of it the machine was busy with
 others. In FILE a case replaces its former figures.
@@ -28,7 +27,7 @@ from dip_uq.files import peak_memory_mb, versions
 from dip_uq.linearization import Linearization, class_grams
 from dip_uq.networks import UNet
 from dip_uq.priors import TVPrior, network_blocks, one_block
-from dip_uq.rays import fan_beam, parallel_beam
+from dip_uq.rays import parallel_beam
 
 
 class Laps:
@@ -99,17 +98,7 @@ def growth():
     return found
 
 
-def walnut501():
-    if not torch.cuda.is_available() or torch.cuda.get_device_properties(0).total_memory < 110e9:
-        raise SystemExit("walnut: needs a CUDA device with 110 GB: AJ of 7,680 rays × 2.96 M weights alone takes 91 GB")
-    A = fan_beam(np.linspace(0, 2 * np.pi, 60, endpoint=False), (501, 501), 128, 5.5, 1503, 752)
-    scan = simulate(walnut(501), A, 0.05).hold_out(10).to("cuda")
-    recon = reconstruct(scan, UNet(6, 128), iterations=300, stop="heldout", progress=False)
-    lin = Linearization(recon)
-    return fit(lin, "conditional", one_block(lin), scan.noise_std)[1]
-
-
-CASES = dict(kmnist28=kmnist28, growth=growth, largest=largest, walnut=walnut501)
+CASES = dict(kmnist28=kmnist28, growth=growth, largest=largest)
 
 if __name__ == "__main__":
     given = arguments(__doc__, case=some(CASES, ["kmnist28"]))

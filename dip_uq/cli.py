@@ -108,7 +108,7 @@ def parser() -> argparse.ArgumentParser:
     teach.add_argument("--out", type=Path, required=True, metavar="FILE", help="for the weights, as safetensors")
     teach.add_argument("--phantoms", nargs="+", choices=[p.__name__ for p in PHANTOMS], metavar="KIND",
                        help="kinds of images, of %(choices)s (default: all)")
-    for p, size, iterations, scales, channels in ((demo, 96, 600, 4, 16), (file, None, ITERATIONS, 5, 32),
+    for p, size, iterations, scales, channels in ((demo, 96, 1200, 4, 16), (file, None, ITERATIONS, 5, 32),
                                                   (teach, 64, 20_000, 4, 16)):
         p.add_argument("--size", type=int, default=size,
                        help=f"pixels on each side of the image (default {size or 'as in .npz, 128 in .mat'})")

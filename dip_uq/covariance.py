@@ -85,7 +85,7 @@ def dense_seconds(weights: int, rays: int, pixels: int, # of the network, of the
     "About how long rows, Grams, evidence and error bars take."
     grams, evaluations = 14 / 9 * rays**2 * weights, 30 * rays**3
     vectors, passes = (2 * samples, 2 * samples) if samples else (pixels, pixels)
-    return (rays + passes + 2 * draws) * row + (grams + evaluations + vectors * (rays * weights / 2 + rays**2)) / speed
+    return (rays + passes + 2.7 * draws) * row + (grams + evaluations + vectors * (rays * weights / 2 + rays**2)) / speed
 
 def waiting(seconds: float) -> str:
     "A time that is only estimated, in words."
@@ -115,7 +115,7 @@ def forecast(scan: Scan, net: nn.Module, iterations: int, samples: int | None) -
     convs = convolutions(trial)
     weights, size = sum(m.weight.numel() for m in convs.values()), z.element_size()
     rays = n if n <= FEW else min(n, MOST)
-    kept, draws = (n, 0) if n <= FEW else (min(n, MOST) // 2, MOST // 2) # half as many as there may be usually do
+    kept, draws = (n, 0) if n <= FEW else (min(n // 2, MOST), min(n, MOST) // 2) # one for two rays, as a rule
     return fit | dict(bars=dense_seconds(weights, kept, p, samples, draws, row, speed), rays=rays,
                 memory=dense_bytes(convs, rays, size), disk=(rays * weights + samples * p) * size)
 

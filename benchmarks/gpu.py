@@ -1,0 +1,72 @@
+"""The talk's walnut on a GPU: 501² pixels, 60 and then 120 projections of 128 bins, a U-Net of three million weights, whole.
+
+    python benchmarks/gpu.py --out gpu.json [--stages agreement 60 120] [--rehearse 1]
+
+agreement   evidence, error bars and image of a walnut of 48² on the CPU and on the GPU, from one fit
+60, 120     `solve`; the picture of its report is written beside the file
+
+With --rehearse everything runs on the CPU with 40² pixels and a small network. Each stage writes its figures when it is
+done, so that what was cut off leaves the stages before. Products with the Jacobian are in full float32 (no TF32).
+"""
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import arguments, some, timed, write
+
+from dip_uq.data import simulate, walnut
+from dip_uq.dip import reconstruct
+from dip_uq.evidence import fit_evidence
+from dip_uq.files import peak_memory_mb, versions
+from dip_uq.linearization import Linearization
+from dip_uq.networks import UNet
+from dip_uq.pipeline import solve
+from dip_uq.posterior import Posterior
+from dip_uq.rays import fan_beam
+
+
+def scan_of(size, angles, bins):
+    return simulate(walnut(size), fan_beam(np.linspace(0, 2 * np.pi, angles, endpoint=False), (size, size), bins, 1.4 * size / bins,
+                                           source_origin=3 * size, origin_detector=1.5 * size), noise=0.05, seed=0)
+
+
+def agreement(device):
+    "How far the devices differ, as shares of the error bars or of the evidence."
+    scan = scan_of(48, 48, 60)
+    recon = reconstruct(scan, UNet(3, 8), iterations=300, stop="heldout", progress=False)
+    recon.save(path := Path("agreement.safetensors"))
+    def found(device):
+        lin = Linearization(type(recon).load(path, scan.to(device)), free_pixels=True)
+        posterior = Posterior(fit_evidence(lin, progress=False))
+        return posterior.evidence.value, posterior.mean.cpu(), posterior.std().cpu(), len(posterior.model.residual)
+    (value, mean, std, kept), (other, its_mean, its_std, its_kept) = found("cpu"), found(device)
+    path.unlink()
+    return dict(kept=kept, evidence=value, evidence_differs=other - value, kept_differs=its_kept - kept,
+                std_differs=float((its_std / std - 1).abs().max()), mean_differs=float(((its_mean - mean) / std).abs().max()))
+
+
+def whole(device, angles, rehearse, picture):
+    scan = scan_of(40, angles, 40) if rehearse else scan_of(501, angles, 128)
+    net = UNet(2, 8, 2) if rehearse else UNet(6, 128)
+    s, seconds = timed(solve, scan.to(device), net, iterations=100 if rehearse else 2000)
+    s.report().savefig(picture, dpi=140)
+    summary = s.summary()
+    memory = torch.cuda.max_memory_allocated() / 1e6 if device == "cuda" else peak_memory_mb()
+    return dict(seconds=s.seconds | dict(total=seconds), peak_memory_mb=memory, kept=summary["evidence"]["rays"]) | {
+        k: summary[k] for k in ("d_x", "d_y", "parameters", "psnr", "psnr_tv", "psnr_fbp", "zstd", "coverage95", "heldout_zstd", "verdict", "doubts")}
+
+
+def main():
+    args = arguments(__doc__, stages=some(["agreement", "60", "120"]), rehearse=0)
+    device = "cpu" if args.rehearse else "cuda"
+    if device == "cuda" and not torch.cuda.is_available(): raise SystemExit("no CUDA device; --rehearse 1 runs a small case on the CPU")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    found = json.loads(args.out.read_text()) if args.out.exists() else {}
+    for stage in args.stages:
+        work = agreement(device) if stage == "agreement" else whole(device, int(stage), args.rehearse, args.out.with_name(f"walnut{stage}.png"))
+        found[stage] = dict(versions=versions(), device=device) | work
+        write(found, args.out)
+
+
+if __name__ == "__main__": main()
