@@ -85,7 +85,8 @@ def dense_seconds(weights: int, rays: int, pixels: int, # of the network, of the
     "About how long rows, Grams, evidence and error bars take."
     grams, evaluations = 14 / 9 * rays**2 * weights, 30 * rays**3
     vectors, passes = (2 * samples, 2 * samples) if samples else (pixels, pixels)
-    return (rays + passes + 2.7 * draws) * row + (grams + evaluations + vectors * (rays * weights / 2 + rays**2)) / speed
+    products = grams + evaluations + vectors * (rays * weights / 2 + rays**2)
+    return (rays + passes + 2.7 * draws) * row + products / speed
 
 def waiting(seconds: float) -> str:
     "A time that is only estimated, in words."
