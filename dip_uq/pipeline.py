@@ -30,8 +30,7 @@ from torch import Tensor, nn
 
 from .calibration import (HeldOutCheck, RayCheck, check_held_out, check_unused, coverage, held_out_errors,
                                 log_likelihood, shortest_interval, z_std)
-from .compression import MOST
-from .covariance import announce, require_dense
+from .covariance import announce, require_room
 from .data import Scan, _whole, difference_noise, seen_and_unseen
 from .dip import ITERATIONS, Reconstruction, check_arguments, gaussian, reconstruct
 from .doubts import doubts, lies_around, noise_excess
@@ -297,7 +296,7 @@ def check_bars(scan: Scan, net: nn.Module) -> None:
     "Raise ValueError, before the fit, for networks that cannot be linearised, or are too large with so many rays."
     channels, y = getattr(net, "settings", {}).get("inputs", 1), scan.measurement
     check_network(net, y.new_zeros(1, channels, *scan.operator.domain_shape))
-    require_dense(convolutions(net), min(y.numel(), MOST), y.element_size(), y.device)
+    require_room(convolutions(net), y.numel(), y.element_size(), y.device)
 
 def too_long(std: Tensor, image: Tensor) -> bool:
     "Is the root mean square of the error bars more than a third of the range of the image?"
