@@ -86,7 +86,7 @@ def draw_bytes(readings: int, most: int = MOST) -> float:
 
 def require_draws(readings: int, most: int = MOST, device: torch.device | str = "cpu") -> None:
     "Raise ValueError where `draw_bytes` exceed the memory that is free."
-    require_memory(draw_bytes(readings, most), f"the combinations of {readings} rays",
+    require_memory(draw_bytes(readings, most), f"combining {readings} rays",
                    "take fewer rays (angles or bins)", device)
 
 def combinations(lin: Linearization, rays: Readings, # of its scan
