@@ -69,6 +69,9 @@ class Toy:
 
     weights = Model.weights
 
+    @property
+    def left(self): return float(self.residual[:self.training].square().mean())
+
     def covariance(self, *hyperparameters): return Covariance(self, *hyperparameters)
 
 
