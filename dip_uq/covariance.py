@@ -314,7 +314,7 @@ class Covariance:
         standard error s to α₀³ / (α₀² + 9 s²). Zero where r_t is no larger than σ_y: then all of it may be noise.
         """
         t, r = self.model.training, self.model.residual
-        if self.model.left <= 1.0001 * self.noise.item(): return r.new_zeros(()).cpu()
+        if not r[:t].any() or self.model.left <= 1.0001 * self.noise.item(): return r.new_zeros(()).cpu()
         both = self.quadratic(torch.stack([torch.cat([r[:t], 0 * r[t:]]), torch.cat([0 * r[:t], r[t:]])], 1))
         information = (both[0, 0] - self.fitted.quadratic(r[:t])).clamp_min(1e-9) # s⁻²
         least = (-both[0, 1]).clamp_min(0) / information
