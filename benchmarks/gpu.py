@@ -10,13 +10,14 @@ done, so that what was cut off leaves the stages before. Products with the Jacob
 """
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 from common import arguments, some, timed, write
 
 from dip_uq.data import simulate, walnut
-from dip_uq.dip import reconstruct
+from dip_uq.dip import Reconstruction, reconstruct
 from dip_uq.evidence import fit_evidence
 from dip_uq.files import peak_memory_mb, versions
 from dip_uq.linearization import Linearization
@@ -35,13 +36,13 @@ def agreement(device):
     "How far the devices differ, as shares of the error bars or of the evidence."
     scan = scan_of(48, 48, 60)
     recon = reconstruct(scan, UNet(3, 8), iterations=300, stop="heldout", progress=False)
-    recon.save(path := Path("agreement.safetensors"))
     def found(device):
-        lin = Linearization(type(recon).load(path, scan.to(device)), free_pixels=True)
+        with TemporaryDirectory() as folder:
+            recon.save(path := Path(folder) / "fit.safetensors")
+            lin = Linearization(Reconstruction.load(path, scan.to(device)), free_pixels=True)
         posterior = Posterior(fit_evidence(lin, progress=False))
         return posterior.evidence.value, posterior.mean.cpu(), posterior.std().cpu(), len(posterior.model.residual)
     (value, mean, std, kept), (other, its_mean, its_std, its_kept) = found("cpu"), found(device)
-    path.unlink()
     return dict(kept=kept, evidence=value, evidence_differs=other - value, kept_differs=its_kept - kept,
                 std_differs=float((its_std / std - 1).abs().max()), mean_differs=float(((its_mean - mean) / std).abs().max()))
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FEW', 'MOST', 'SAYS', 'Readings', 'fitted_first', 'combined', 'network_rays', 'pixel_rays', 'draw_bytes',
-           'require_draws', 'combinations', 'sizes', 'leading', 'compressed']
+           'require_draws', 'leading', 'combinations', 'compressed']
 
 # %% ../nbs/21_compression.ipynb #21000004
 import math
@@ -88,6 +88,7 @@ def pixel_rays(lin: Linearization, operator: LinearOperator, count: int, batch: 
     white = (torch.randn(min(batch, count - i), *shape, generator=g).to(lin.pixels) for i in range(0, count, batch))
     return torch.cat([operator(phi * lin.pixels).flatten(1) for phi in white]).double().T
 
+# %% ../nbs/21_compression.ipynb #21000031
 def draw_bytes(readings: int, most: int = MOST) -> float:
     "What random rays, their basis and their singular vectors take, and what comes and goes."
     return 4 * 8 * readings * (most // 2)
@@ -96,6 +97,26 @@ def require_draws(readings: int, most: int = MOST, device: torch.device | str = 
     "Raise ValueError where `draw_bytes` exceed the memory that is free."
     require_memory(draw_bytes(readings, most), f"combining {readings} rays",
                    "take fewer rays (angles or bins)", device)
+
+# %% ../nbs/21_compression.ipynb #21000033
+def leading(drawn: Tensor, # (n, k), random rays
+            variance: float, # what they are to give an average ray
+            least: float, # variance that a combination has at least
+            before: Sequence[Tensor], # (n_i, k_i), what there is already: of the fitted rays, then of each projection
+            most: int, # of the fitted rays, and of all others together, with those before
+           ) -> list[Tensor]: # orthonormal columns beyond those before, for each block
+    "The directions in which random rays vary most, block by block."
+    size = float(drawn.square().mean()) or 1.0
+    scaled = drawn * math.sqrt(variance / size / drawn.shape[1])
+    parts = [torch.linalg.svd(beyond(U, part), full_matrices=False)[:2]
+             for U, part in zip(before, scaled.split([len(U) for U in before]))]
+    found: list[Tensor] = []
+    for some, old in (parts[:1], before[:1]), (parts[1:], before[1:]):
+        squares = torch.cat([scaled.new_zeros(0), *(S.square() for _, S in some)]).sort(descending=True)[0]
+        room = most - sum(U.shape[1] for U in old)
+        bound = max(least, float(squares[room])) if room < len(squares) else least
+        found += [U[:, S.square() > bound] for U, S in some]
+    return found
 
 def combinations(lin: Linearization, rays: Readings, # of its scan
                  most: int = MOST, # half of them of fitted rays
@@ -108,43 +129,26 @@ def combinations(lin: Linearization, rays: Readings, # of its scan
     where they move an average ray as much as that. If these are more than `most`, the leading ones. ValueError where
     there are too many rays for the memory, and where the fit leaves nothing of them.
     """
-    r = rays.residual
-    require_draws(len(r), most, r.device)
-    wide, least = 10 * float(r.square().mean()), SAYS * rays.left
+    require_draws(len(rays.residual), most, rays.residual.device)
+    wide, least = 10 * float(rays.residual.square().mean()), SAYS * rays.left
     if not least > 0: raise ValueError("lin: the image explains every fitted ray exactly (y − A x̂ = 0), so nothing "
                                        "tells how large noise is; fit fewer weights, or for fewer steps")
     draws = bar(progress, network_rays(lin, rays.operator), "random rays")
     drawn, _, _ = spanned(iter(draws), min(math.sqrt(least / wide), 0.5), most // 2)
-    def kept(drawn, variance, least, before): # where draws move an average ray by `variance`
-        size = float(drawn.square().mean()) or 1.0
-        drawn = drawn * math.sqrt(variance / size / drawn.shape[1]) # so that its square is the covariance
-        new = [torch.linalg.svd(beyond(U, part), full_matrices=False)[:2]
-               for U, part in zip(before, drawn.split(sizes(rays)))]
-        rooms = [most // 2 - sum(U.shape[1] for U in some) for some in (before[:1], before[1:])]
-        return leading(new[:1], rooms[0], least) + leading(new[1:], rooms[1], least)
-    blocks = kept(drawn, wide, least, [r.new_zeros(n, 0) for n in sizes(rays)])
+    counts = rays.projection.unique_consecutive(return_counts=True)[1].tolist()
+    nothing = [drawn.new_zeros(n, 0) for n in (rays.training, *counts)]
+    blocks = leading(drawn, wide, least, nothing, most // 2)
     if lin.pixels is None: return blocks
-    free = kept(pixel_rays(lin, rays.operator, most // 2), rays.left, rays.left, blocks)
-    return [torch.cat(both, 1) for both in zip(blocks, free)]
+    moved = pixel_rays(lin, rays.operator, most // 2)
+    return [torch.cat(both, 1) for both in zip(blocks, leading(moved, rays.left, rays.left, blocks, most // 2))]
 
-def sizes(rays: Readings) -> list[int]:
-    "How many rays were fitted, and how many there are of each projection held out."
-    return [rays.training, *rays.projection.unique_consecutive(return_counts=True)[1].tolist()]
 
-def leading(parts: Sequence[tuple[Tensor, Tensor]], # singular vectors (n_i, k_i), and values (k_i,)
-            most: int, least: float | Tensor) -> list[Tensor]: # (n_i, ≤ k_i) each
-    "Of all vectors, at most `most` of the largest squared singular values, and only those above `least`."
-    if not parts: return []
-    squares = torch.cat([S for _, S in parts]).square().sort(descending=True)[0]
-    if len(squares) > most: least = max(float(least), float(squares[most]))
-    return [U[:, S.square() > least] for U, S in parts]
-
+# %% ../nbs/21_compression.ipynb #21000034
 def compressed(rays: Readings, blocks: Sequence[Tensor], # as `combinations` gives them
               ) -> Readings:
     "The combinations in the place of the rays."
-    residual = torch.cat([U.T @ part for U, part in zip(blocks, rays.residual.split(sizes(rays)))])
+    residual = torch.cat([U.T @ part for U, part in zip(blocks, rays.residual.split([len(U) for U in blocks]))])
     kept = torch.tensor([U.shape[1] for U in blocks[1:]], dtype=torch.long)
     projection = rays.projection.unique_consecutive().repeat_interleave(kept)
     operator = combined(rays.operator, [U.float() for U in blocks])
     return Readings(operator, residual, blocks[0].shape[1], projection, rays.readings, rays.left)
-
