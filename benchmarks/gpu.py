@@ -1,7 +1,8 @@
 """The talk's walnut on a GPU: 501² pixels, 60 and then 120 projections of 128 bins, a U-Net of three million weights, whole.
 
-    python benchmarks/gpu.py --out gpu.json [--stages agreement 60 120] [--rehearse 1]
+    python benchmarks/gpu.py --out gpu.json [--stages speed agreement 60 120] [--rehearse 1]
 
+speed       seconds of a step of the fit and of products with J and Jᵀ, in float32 and in TF32, and how far these differ
 agreement   evidence, error bars and image of a walnut of 48² on the CPU and on the GPU, from one fit
 60, 120     `solve`; the picture of its report is written beside the file
 
@@ -32,6 +33,31 @@ def scan_of(size, angles, bins):
                                            source_origin=3 * size, origin_detector=1.5 * size), noise=0.05, seed=0)
 
 
+def case(angles, rehearse):
+    return (scan_of(40, angles, 40), UNet(2, 8, 2)) if rehearse else (scan_of(501, angles, 128), UNet(6, 128))
+
+
+def speed(device, rehearse):
+    "Medians of five, after one that is not counted."
+    scan, net = case(60, rehearse)
+    scan = scan.to(device)
+    recon = reconstruct(scan, net, iterations=2, stop="heldout", progress=False)
+    lin = Linearization(recon, free_pixels=True)
+    u, v = torch.randn(1, *recon.image.shape).to(device), torch.randn(1, lin.parameters).to(device)
+    def median(act): return float(np.median([timed(act)[1] for _ in range(6)][1:]))
+    net, found, products = net.to(device), {}, {}
+    for name, allowed in ("float32", False), ("tf32", True):
+        torch.backends.cudnn.allow_tf32 = allowed
+        pull, push = lin.pullback(1), lin.pushforward(1)
+        step = median(lambda: scan.operator(net(recon.z)[0, 0]).square().sum().backward())
+        found[name] = dict(step=step, vjp=median(lambda: pull(u)), jvp=median(lambda: push(v)))
+        products[name] = pull(u), push(v)
+    torch.backends.cudnn.allow_tf32 = False
+    drawn = torch.randn(scan.measurement.numel(), 1500, dtype=torch.float64, device=device)
+    found["svd"] = median(lambda: torch.linalg.svd(drawn, full_matrices=False)) if rehearse else timed(torch.linalg.svd, drawn, False)[1]
+    return found | {name: float((b - a).norm() / a.norm()) for name, a, b in zip(("vjp_differs", "jvp_differs"), *products.values())}
+
+
 def agreement(device):
     "How far the devices differ, as shares of the error bars or of the evidence."
     scan = scan_of(48, 48, 60)
@@ -48,8 +74,7 @@ def agreement(device):
 
 
 def whole(device, angles, rehearse, picture):
-    scan = scan_of(40, angles, 40) if rehearse else scan_of(501, angles, 128)
-    net = UNet(2, 8, 2) if rehearse else UNet(6, 128)
+    scan, net = case(angles, rehearse)
     s, seconds = timed(solve, scan.to(device), net, iterations=100 if rehearse else 2000)
     s.report().savefig(picture, dpi=140)
     summary = s.summary()
@@ -59,13 +84,15 @@ def whole(device, angles, rehearse, picture):
 
 
 def main():
-    args = arguments(__doc__, stages=some(["agreement", "60", "120"]), rehearse=0)
+    args = arguments(__doc__, stages=some(["speed", "agreement", "60", "120"]), rehearse=0)
     device = "cpu" if args.rehearse else "cuda"
     if device == "cuda" and not torch.cuda.is_available(): raise SystemExit("no CUDA device; --rehearse 1 runs a small case on the CPU")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     found = json.loads(args.out.read_text()) if args.out.exists() else {}
     for stage in args.stages:
-        work = agreement(device) if stage == "agreement" else whole(device, int(stage), args.rehearse, args.out.with_name(f"walnut{stage}.png"))
+        if stage == "speed": work = speed(device, args.rehearse)
+        elif stage == "agreement": work = agreement(device)
+        else: work = whole(device, int(stage), args.rehearse, args.out.with_name(f"walnut{stage}.png"))
         found[stage] = dict(versions=versions(), device=device) | work
         write(found, args.out)
 

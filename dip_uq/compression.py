@@ -69,17 +69,16 @@ FEW = 2000 # readings that are kept as they are
 MOST = 3000 # combinations of more readings than that
 SAYS = 0.001 # what a combination must vary by, in units of the variance that the fit leaves
 
-def network_rays(lin: Linearization, operator: LinearOperator, block: int = 64, batch: int = 8
-                ) -> Iterator[Tensor]: # (n, block) each, float64
-    "AJθ for random weights θ ~ N(0, I) of the network, without end, free pixels at rest."
-    push = lin.pushforward(batch)
+def network_rays(lin: Linearization, operator: LinearOperator, block: int = 64) -> Iterator[Tensor]: # (n, block) each
+    "AJθ for random weights θ ~ N(0, I) of the network, in float64, without end, free pixels at rest."
+    push = lin.pushforward(lin.batch)
     seen = dict(A=operator(lin.recon.image))
     for i in count():
         def make():
             theta = torch.randn(block, lin.weights, generator=torch.Generator().manual_seed(i)).to(lin.recon.z)
             theta = nn.functional.pad(theta, (0, lin.parameters - lin.weights))
-            return dict(rays=torch.cat([operator(push(part)).flatten(1) for part in theta.split(batch)]))
-        yield lin.piece(f"draws-{i}", make, seen, block, batch)["rays"].double().T
+            return dict(rays=torch.cat([operator(push(part)).flatten(1) for part in theta.split(lin.batch)]))
+        yield lin.piece(f"draws-{i}", make, seen, block)["rays"].double().T
 
 def pixel_rays(lin: Linearization, operator: LinearOperator, count: int, batch: int = 64
               ) -> Tensor: # (n, count), float64

@@ -76,7 +76,7 @@ class Posterior:
         "Samples of x − mean by pathwise conditioning (Wilson et al. 2020): J (θ₀ + Σ_θ (AJ)ᵀ K_yy⁻¹ (ξ − AJθ₀))."
         n, chunk = _whole("n", n), _whole("chunk", chunk)
         K, generator = self.evidence.covariance, torch.Generator().manual_seed(seed)
-        batch = min(8, chunk, n) # 16 images at once would take twice the memory, and no less time
+        batch = min(self.lin.batch, chunk, n)
         push = self.lin.pushforward(batch)
         def make(size):
             theta, rays = K.draw(size, generator)
