@@ -1,7 +1,4 @@
-"""On a CUDA device all is as on the CPU, up to rounding. DIP_UQ_TEST_DEVICE=cpu rehearses these tests without one.
-
-Products with the Jacobian are compared in full float32: TF32, which PyTorch allows in convolutions, is switched off.
-"""
+"On a CUDA device all is as on the CPU, up to rounding. DIP_UQ_TEST_DEVICE=cpu rehearses these tests without one."
 import os
 
 import numpy as np
@@ -25,14 +22,6 @@ from dip_uq.rays import fan_beam
 DEVICE = os.environ.get("DIP_UQ_TEST_DEVICE", "cuda")
 pytestmark = pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="needs a CUDA device")
 SIZE = 24
-
-
-@pytest.fixture(scope="module", autouse=True)
-def full_float32():
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.backends.cudnn.allow_tf32 = before
 
 
 @pytest.fixture(scope="module")
