@@ -1,8 +1,10 @@
 """Real size: the whole way from a scan to error bars, and whether combinations of rays say the same as all rays.
 
-    python benchmarks/scale.py --out scale.jsonl [--cases 64 128 256 512 agree64 agree96 agree128] [--channels 32] [--phantoms 0]
+    python benchmarks/scale.py --out scale.jsonl [--cases 64 128 256 512 walnut60 walnut120 agree64 agree96 agree128] [--channels 32]
+                               [--phantoms 0]
 
 64 … 512    `solve` of a walnut: 30 projections up to 128², 60 for 256², 120 for 512², 1.1 bins for a pixel, 5 % noise
+walnut…     the talk's: 501² pixels, 60 or 120 projections of 128 bins
 agree…      one fit; hyperparameters, error bars of 500 pixels, image and held-out check by all rays and by combinations
 
 Each case is a process of its own, so that its peak of memory is its own. One line of JSON for each; called again with the
@@ -31,19 +33,20 @@ from dip_uq.pipeline import solve
 from dip_uq.posterior import Posterior
 from dip_uq.rays import fan_beam
 
-ANGLES = {64: 30, 96: 30, 128: 30, 256: 60, 512: 120}
-CASES = [*map(str, (64, 128, 256, 512)), *(f"agree{size}" for size in (64, 96, 128))]
+WHOLE = {str(size): (size, angles, round(1.1 * size), 1.5) for size, angles in ((64, 30), (96, 30), (128, 30), (256, 60), (512, 120))} | {
+    f"walnut{angles}": (501, angles, 128, 1.4 * 501 / 128) for angles in (60, 120)} # pixels along an axis, projections, bins, width of a bin
+CASES = [*(case for case in WHOLE if case != "96"), *(f"agree{size}" for size in (64, 96, 128))]
 
 
-def scan_of(size, seed):
-    angles, bins = np.linspace(0, 2 * np.pi, ANGLES[size], endpoint=False), round(1.1 * size)
-    A = fan_beam(angles, (size, size), bins, 1.5, source_origin=3 * size, origin_detector=1.5 * size)
+def scan_of(size, angles, bins, width, seed=0):
+    "A walnut, whole, from all around."
+    A = fan_beam(np.linspace(0, 2 * np.pi, angles, endpoint=False), (size, size), bins, width, source_origin=3 * size, origin_detector=1.5 * size)
     return simulate(walnut(size, seed), A, noise=0.05, seed=seed)
 
 
-def whole(size, seed, channels):
-    scan, net, began = scan_of(size, seed), UNet(5 if channels > 16 else 4, channels), process_time()
-    told = forecast(scan, net, 2000, 512 if size > 100 else 0)
+def whole(case, seed, channels):
+    scan, net, began = scan_of(*WHOLE[case], seed), UNet(5 if channels > 16 else 4, channels), process_time()
+    told = forecast(scan, net, 2000, 512 if scan.truth.numel() > 5000 else 0)
     s = solve(scan, net, seed=seed)
     error, found, seconds = s.image - scan.truth, s.summary(), s.seconds
     return dict(seconds=dict(fit=seconds["dip"], covariance=seconds["jacobian"], evidence=seconds["evidence"], posterior=seconds["posterior"],
@@ -63,8 +66,9 @@ def deviations(evidence, pixels):
     return torch.cat(found)
 
 
-def agreement(size, seed, channels):
-    scan = scan_of(size, seed)
+def agreement(case, seed, channels):
+    scan = scan_of(*WHOLE[case], seed)
+    size = len(scan.truth)
     lin = Linearization(reconstruct(scan, UNet(4, channels), stop="heldout", seed=seed, progress=False), free_pixels=True)
     pixels, found = torch.randperm(size**2, generator=torch.Generator().manual_seed(0))[:500], {}
     for name, few in (("rays", 10**6), ("combinations", 0)):
@@ -91,7 +95,7 @@ def main():
     if args.alone:
         case, seed = args.alone[0], int(args.alone[1])
         study, size = (agreement, case[5:]) if case.startswith("agree") else (whole, case)
-        return lines.add((case, seed, args.channels), study(int(size), seed, args.channels))
+        return lines.add((case, seed, args.channels), study(size, seed, args.channels))
     for case, seed, channels in lines.missing((case, seed, args.channels) for case in args.cases for seed in args.phantoms):
         subprocess.run([sys.executable, __file__, "--out", args.out, "--channels", str(channels), "--alone", case, str(seed)], check=True)
     lines = Lines(args.out, "case", "phantom", "channels")
