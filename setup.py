@@ -37,8 +37,8 @@ setup(
     package_data={cfg["lib_path"]: ["*.safetensors"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={"scans": cfg["scans_requirements"].split(),
-                    "dev": f"{cfg['dev_requirements']} {cfg['scans_requirements']}".split()},
+    extras_require={"scans": cfg["scans_requirements"].split(), "volumes": cfg["volumes_requirements"].split(),
+                    "dev": f"{cfg['dev_requirements']} {cfg['scans_requirements']} {cfg['volumes_requirements']}".split()},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"],

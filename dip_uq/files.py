@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOCK', 'PIECE', 'write_whole', 'write_by', 'digest', 'save_tensors', 'load_tensors', 'named', 'check_folder',
            'keep_tensors', 'kept_tensors', 'as_path', 'State', 'foreign', 'check_state', 'remove_pieces', 'take_lock',
-           'locked', 'stage', 'peak_memory_mb', 'versions', 'what_ran']
+           'locked', 'stage', 'ends_by_interrupt', 'peak_memory_mb', 'versions', 'what_ran']
 
 # %% ../nbs/00_files.ipynb #5b2fb5c5
 import hashlib
@@ -14,7 +14,10 @@ import json
 import os
 import platform
 import re
+import signal
+import socket
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -189,6 +192,31 @@ def stage(name: str, # for somebody who waits, such as "the fit"
         else: rest = "nothing was kept yet, so begun again it starts anew"
         raise KeyboardInterrupt(f"interrupted during {name}; {rest}") from None
     seconds[key] = perf_counter() - began
+
+# %% ../nbs/00_files.ipynb #d15db40b
+@contextmanager
+def ends_by_interrupt(words: Callable[[], str], # what to say then
+                      seconds: float = 1.2,
+                     ) -> Iterator[None]:
+    "Inside, Ctrl-C ends the process, with code 130, after `seconds` if it has not ended by itself."
+    if threading.current_thread() is not threading.main_thread(): # others never hear of it
+        yield
+        return
+    here, there = socket.socketpair()
+    there.setblocking(False)
+    done, before = threading.Event(), signal.set_wakeup_fd(there.fileno(), warn_on_full_buffer=False)
+    def watch():
+        while (heard := here.recv(1)) and heard[0] != signal.SIGINT: pass
+        here.close()
+        if heard and not done.wait(seconds):
+            with suppress(OSError, ValueError): print(f"\ndip-uq: {words()}", file=sys.stderr, flush=True)
+            os._exit(130)
+    threading.Thread(target=watch, daemon=True).start()
+    try: yield
+    finally:
+        done.set()
+        signal.set_wakeup_fd(before)
+        there.close()
 
 # %% ../nbs/00_files.ipynb #28194da1
 def peak_memory_mb() -> float:

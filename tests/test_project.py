@@ -95,7 +95,7 @@ def test_imports_are_declared():
     imported |= {node.module.split(".")[0] for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
     settings = ConfigParser()
     settings.read(ROOT / "settings.ini", encoding="utf-8")
-    needed = " ".join(settings["DEFAULT"][key] for key in ("requirements", "scans_requirements"))
+    needed = " ".join(settings["DEFAULT"][key] for key in ("requirements", "scans_requirements", "volumes_requirements"))
     declared = {normal(requirement) for requirement in needed.split()}
     known = packages_distributions()
     missing = [name for name in imported - sys.stdlib_module_names - {"dip_uq"}
