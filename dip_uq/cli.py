@@ -110,6 +110,7 @@ def add_volume(commands: Any) -> argparse.ArgumentParser:
     for name in "angles", "bins": p.add_argument(f"--{name}", type=int, help="as for dip-uq reconstruct")
     p.add_argument("--degrees", nargs=2, type=float, metavar="ANGLE", help="the first and the last, if not in the file")
     p.add_argument("--counts", action="store_true", help="the readings are numbers of photons")
+    p.add_argument("--centre", metavar="BIN", type=float, help="that sees the axis (default as the middle slice says)")
     p.add_argument("--samples", type=int, metavar="N", help="for the standard deviation (default as in reconstruct)")
     where = p.add_mutually_exclusive_group()
     where.add_argument("--workers", type=int, metavar="N", help="processes here (default one for each processor)")
@@ -316,8 +317,8 @@ def run_next(args: argparse.Namespace) -> list[str]: # lines that tell it
 def run_volume(args: argparse.Namespace) -> list[str]: # lines that tell it
     "Solve the slices of a file, here or on a cluster."
     rows = None if args.rows is None else range(args.rows[0], args.rows[1] + 1)
-    how = {key: vars(args)[key] for key in ("size", "bins", "degrees", "counts") if vars(args)[key]}
-    slices = stack_of(args.file, rows, angles=args.angles, **how)
+    reading = {key: vars(args)[key] for key in ("degrees", "counts", "centre") if vars(args)[key]}
+    slices = stack_of(args.file, rows, args.angles, args.size, args.bins, **reading)
     client = None
     if args.scheduler:
         from dask.distributed import Client

@@ -1,0 +1,135 @@
+"Stacks of slices: each as it would be alone, whatever fails or is killed, in a file that others open."
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from dip_uq.cli import main
+from dip_uq.data import simulate, walnut
+from dip_uq.formats import count_rows
+from dip_uq.networks import UNet
+from dip_uq.pipeline import solve
+from dip_uq.rays import parallel_beam
+from dip_uq.volumes import create_volume, finish_volume, level_shapes, part_of, solve_slice, solve_volume, stack_of
+
+zarr = pytest.importorskip("zarr", reason="zarr is not installed")
+pytest.importorskip("distributed", reason="dask.distributed is not installed")
+SIZE, FIT = 16, dict(iterations=30, seed=0)
+
+
+def scan_of(i):
+    return simulate(walnut(SIZE, 3), parallel_beam(np.arange(10) * np.pi / 10, (SIZE, SIZE), 23), noise=0.05, seed=i)
+
+
+def lost(): raise OSError("the disk has a scratch")
+
+
+def net(): return UNet(2, 4)
+
+
+def test_slices_are_as_they_would_be_alone_and_failures_cost_nothing_else(tmp_path):
+    "And begun again, only what failed is done; the rest is not even read."
+    threads, out = torch.get_num_threads(), tmp_path / "stack.zarr"
+    told = solve_volume([scan_of(0), lost, scan_of(2)], out, net(), workers=1, progress=False, **FIT)
+    assert [note.get("error") for note in told] == [None, "OSError: the disk has a scratch", None]
+    torch.set_num_threads(1)
+    try: alone = solve(scan_of(2), net(), progress=False, **FIT)
+    finally: torch.set_num_threads(threads)
+    x = zarr.open_array(out / "0")[:]
+    np.testing.assert_array_equal(x[:, 2], torch.stack([alone.image, alone.std]).numpy())
+    assert np.isnan(x[:, 1]).all() and told[2]["zstd"] == alone.summary()["zstd"]
+    again = solve_volume([scan_of(0), scan_of(1), lost], out, net(), workers=1, progress=False, **FIT)
+    assert again[::2] == told[::2] and "error" not in again[1]
+    assert np.isfinite(zarr.open_array(out / "0")[:]).all() and not out.with_name("stack.zarr.state").exists()
+    assert solve_volume([scan_of(0), lost, lost], out, net(), progress=False, **FIT) == again  # all is there
+    with pytest.raises(ValueError, match="holds another volume"):
+        solve_volume([scan_of(0)] * 3, out, net(), progress=False, iterations=31)
+
+
+def test_neighbours_educate(tmp_path):
+    "A fifth of the steps, from the weights of the slice that was finished; from fresh ones where that failed."
+    out, seen = tmp_path / "stack.zarr", []
+    create_volume(out, 3, scan_of(0), {})
+    def spy(scan, net, **options):
+        seen.append((options["iterations"], options.get("educated", False), net.last.weight.detach().clone()))
+        return solve(scan, net, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dip_uq.volumes.solve", spy)
+        for i, near in (0, None), (1, 0), (2, 7): assert "error" not in solve_slice(scan_of(i), i, out, net(), FIT, near)
+    assert [s[:2] for s in seen] == [(30, False), (6, True), (30, False)]
+    kept = solve(scan_of(0), net(), progress=False, **FIT).recon.net.last.weight
+    assert torch.allclose(seen[1][2], kept, atol=1e-4) and not torch.equal(seen[2][2], seen[1][2])
+
+
+def test_the_pyramid_is_of_means_and_opens_elsewhere(tmp_path):
+    scan = simulate(walnut(97, 0), parallel_beam([0.0], (97, 97), 10, pixel_size=0.5), noise=0.05)
+    out, fine = tmp_path / "v.zarr", torch.rand(2, 2, 97, 97)
+    create_volume(out, 2, scan, {})
+    group = zarr.open_group(out)
+    group["0"][:] = fine.numpy()
+    finish_volume(out, [])
+    assert level_shapes((97, 97)) == [(97, 97), (49, 49)] and level_shapes((40, 300)) == [(40, 300), (20, 150), (10, 75), (5, 38)]
+    coarse = group["1"][:]
+    np.testing.assert_allclose(coarse[..., :48, :48], fine[..., :96, :96].unflatten(2, (48, 2)).unflatten(4, (48, 2)).mean((3, 5)), rtol=1e-5)
+    np.testing.assert_allclose(coarse[..., 48, 48], fine[..., 96, 96], rtol=1e-6)  # a corner is its own mean, not a quarter of it
+    first, second = group.attrs["ome"]["multiscales"][0]["datasets"]
+    assert second["coordinateTransformations"] == [dict(type="scale", scale=[1, 1, 1.0, 1.0]), dict(type="translation", translation=[0, 0, 0.25, 0.25])]
+    reader, io = (pytest.importorskip(f"ome_zarr.{name}", reason="ome-zarr is not installed") for name in ("reader", "io"))
+    found, = (node for node in reader.Reader(io.parse_url(out))() if node.data)
+    assert [level.shape for level in found.data] == [(2, 2, 97, 97), (2, 2, 49, 49)]
+    np.testing.assert_array_equal(np.asarray(found.data[0]), fine)
+
+
+KILLED = """
+from pathlib import Path
+import sys
+sys.path.insert(0, {tests!r})
+from test_volumes import *
+if __name__ == "__main__": solve_volume([scan_of(i) for i in range(4)], {out!r}, net(), workers=2, progress=False, **FIT)
+"""
+
+
+def test_killed_workers_and_clients(tmp_path):
+    "A worker, then the program itself; begun again, all slices are there, and as they would be alone."
+    script, out, kills = tmp_path / "run.py", tmp_path / "stack.zarr", ["client", "worker"]
+    script.write_text(KILLED.format(tests=str(Path(__file__).parent), out=str(out)))
+    for attempt in range(4):
+        run = subprocess.Popen([sys.executable, script], stderr=subprocess.DEVNULL)
+        while kills and run.poll() is None:
+            time.sleep(0.2)
+            if not list(part_of(out, 0, "json").parent.glob("*.json")): continue
+            workers = [p for p in psutil.Process(run.pid).children(recursive=True) if "spawn_main" in " ".join(p.cmdline())]
+            if kills.pop() == "client": os.kill(run.pid, signal.SIGKILL)
+            elif workers: workers[-1].kill()
+        if run.wait() == 0: break
+    threads, x = torch.get_num_threads(), zarr.open_array(out / "0")[:]
+    torch.set_num_threads(1)
+    try: alone = [solve(scan_of(i), net(), progress=False, **FIT) for i in range(4)]
+    finally: torch.set_num_threads(threads)
+    np.testing.assert_array_equal(x, torch.stack([torch.stack([s.image, s.std]) for s in alone], 1).numpy())
+
+
+def test_the_command_reads_a_file_row_by_row(tmp_path, capsys):
+    h5py = pytest.importorskip("h5py", reason="h5py is not installed")
+    line = torch.stack([scan_of(i).measurement for i in range(3)], 1).numpy()
+    with h5py.File(path := tmp_path / "stack.h5", "w") as f:
+        f["exchange/data"], f["exchange/theta"] = line, np.arange(10) * 18.0
+    assert count_rows(path) == 3
+    some = [given() for given in stack_of(path)]
+    np.testing.assert_allclose(some[2].measurement, line[:, 2], rtol=1e-5)
+    assert len({s.operator.geometry.centre for s in some}) == 1  # of the middle one, for all
+    small = "--scales 2 --channels 4 --iterations 20 --workers 1 --quiet".split()
+    assert main(["volume", str(path), "--rows", "1", "2", *small, "--out", str(tmp_path / "v.zarr")]) == 0
+    assert "2 of 2 slices" in capsys.readouterr().out
+    known = json.loads((tmp_path / "v.zarr" / "zarr.json").read_text())["attributes"]["dip_uq"]
+    assert [note["slice"] for note in known["slices"]] == [0, 1]
+    assert main(["volume", str(path), *small, "--out", str(tmp_path / "v.zarr")]) == 2
+    assert "holds another volume" in capsys.readouterr().err
