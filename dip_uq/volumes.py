@@ -88,8 +88,8 @@ def create_volume(out: Path, depth: int, scan: Scan, settings: dict) -> dict: # 
     if known: return known
     sides = pixel_sides(scan.pixel_size or 1.0).tolist()
     for level, shape in enumerate(shapes):
-        group.create_array(str(level), shape=(2, depth, *shape), chunks=(1, 1, *shape), dtype="float32", fill_value=np.nan,
-                           dimension_names=("c", "z", "y", "x"))
+        group.create_array(str(level), shape=(2, depth, *shape), chunks=(1, 1, *shape), dtype="float32",
+                           fill_value=np.nan, dimension_names=("c", "z", "y", "x"))
     def places(level): # of pixels: their distance, and where the first is
         scale, first = [1.0, 1.0] + [2**level * s for s in sides], [0.0, 0.0] + [(2**level - 1) / 2 * s for s in sides]
         return [dict(type="scale", scale=scale), dict(type="translation", translation=first)]
