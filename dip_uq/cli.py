@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['demo_scan', 'OneLine', 'add_import', 'add_next', 'add_volume', 'auto_or_bin', 'parser', 'info', 'run_import',
-           'results_in', 'samples_of', 'scan_of', 'run_solve', 'tell_results', 'state_of', 'stages', 'run_next',
-           'run_volume', 'run_pretrain', 'in_one_line', 'check_device', 'interrupted', 'deaf', 'carry_out', 'end_of',
-           'give_up', 'main']
+           'results_in', 'samples_of', 'guesses_told', 'scan_of', 'run_solve', 'tell_results', 'state_of', 'stages',
+           'run_next', 'run_volume', 'run_pretrain', 'in_one_line', 'check_device', 'interrupted', 'deaf', 'carry_out',
+           'end_of', 'give_up', 'main']
 
 # %% ../nbs/32_cli.ipynb #f90d6cfe
 import argparse
@@ -240,12 +240,17 @@ def samples_of(args: argparse.Namespace) -> int | None:
     if n is not None and n < 1: raise ValueError(f"--samples {n}: draw at least 1, or take --method exact")
     return dict(exact=0, samples=n or 512).get(args.method, n)
 
-def scan_of(args: argparse.Namespace) -> Scan:
-    "The scan of the file `args.scan`; what was guessed about it is told."
+@contextmanager
+def guesses_told() -> Iterator[None]:
+    "What is guessed about a scanner's files inside is told, each once."
     with warnings.catch_warnings(record=True) as notes:
         warnings.simplefilter("always")
-        scan = load_scan(args.scan, args.angles, args.size, args.bins)
-    for note in notes: tell(f"dip-uq: {note.message}")
+        yield
+    for message in dict.fromkeys(str(note.message) for note in notes): tell(f"dip-uq: {message}")
+
+def scan_of(args: argparse.Namespace) -> Scan:
+    "The scan of the file `args.scan`."
+    with guesses_told(): scan = load_scan(args.scan, args.angles, args.size, args.bins)
     if scan.truth is not None or not cramped(scan): return scan
     tell(f"dip-uq: projections seem to be truncated, so the image is {ROOM} times as wide as the field of view")
     return widened(scan)
@@ -324,8 +329,9 @@ def run_volume(args: argparse.Namespace) -> list[str]: # lines that tell it
         from dask.distributed import Client
         client = Client(args.scheduler)
     options = dict(iterations=args.iterations or args.usual, seed=args.seed, samples=args.samples)
-    told = solve_volume(slices, args.out, UNet(args.scales, args.channels), args.every, args.workers, client,
-                        not args.quiet, **options)
+    with guesses_told():
+        told = solve_volume(slices, args.out, UNet(args.scales, args.channels), args.every, args.workers, client,
+                            not args.quiet, **options)
     failed = [f"dip-uq: slice {note['slice']}: {note['error']}" for note in told if "error" in note]
     return [*failed, f"written: {len(told) - len(failed)} of {len(told)} slices, images and error bars, in {args.out}"]
 
