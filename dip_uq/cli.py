@@ -45,7 +45,7 @@ from .posterior import Posterior
 from .plotting import Unfailing, tell
 from .pretraining import FINE, PHANTOMS, Pretrained, fan_scanner, fan_scanners, pretrain
 from .scans import _LENGTHS, import_fields, load_scan, preview
-from .volumes import solve_volume, stack_of
+from .volumes import cluster, solve_volume, stack_of
 
 # %% ../nbs/32_cli.ipynb #707aafdd
 def demo_scan(size: int = 96, angles: int = 30, noise: float = 0.05, seed: int = 0) -> Scan:
@@ -305,14 +305,16 @@ def run_next(args: argparse.Namespace) -> list[str]: # lines that tell it
                          f"--out {args.out} first")
     views, scan = _whole("--candidates", args.candidates), scan_of(args)
     scanner: Any = scan.operator # of a file, so it has a geometry
-    period = 2 * np.pi if scanner.geometry.fan else np.pi
+    half = not scanner.geometry.fan and not getattr(scanner.geometry, "lopsided", False)
+    period = np.pi if half else 2 * np.pi
     candidates = at_angles(scanner, np.arange(views) * period / views)
     region = None if args.region is None else torch.from_numpy(np.asarray(tifffile.imread(args.region)) != 0)
     posterior = Posterior.load(path, scan, progress=not args.quiet)
     plan = Design(posterior, candidates, args.gain, region, progress=not args.quiet)
     now, gains = plan.error, plan.gains()
     chosen = plan.next(args.batch, args.until)
-    if not chosen: return [f"error bars of {now:.4g} (root mean square) are good enough: no more projections needed"]
+    if now <= args.until: return [f"error bars of {now:.4g} (root mean square) are good enough: no more are needed"]
+    if not chosen: raise ValueError(f"--candidates {views}: all of these were measured; give more")
     picture = draw_plan(candidates.angles, gains, chosen, scanner.angles, period)
     write_by(args.out / "next.png", lambda f: picture.savefig(f, dpi=140))
     return [f"{'angle':>8}  {args.gain:>11}  error bars then (now {now:.4g})",
@@ -322,18 +324,16 @@ def run_next(args: argparse.Namespace) -> list[str]: # lines that tell it
 def run_volume(args: argparse.Namespace) -> list[str]: # lines that tell it
     "Solve the slices of a file, here or on a cluster."
     rows = None if args.rows is None else range(args.rows[0], args.rows[1] + 1)
-    reading = {key: vars(args)[key] for key in ("degrees", "counts", "centre") if vars(args)[key]}
+    reading = {key: value for key in ("degrees", "counts", "centre") if (value := vars(args)[key]) is not None}
     slices = stack_of(args.file, rows, args.angles, args.size, args.bins, **reading)
-    client = None
-    if args.scheduler:
-        from dask.distributed import Client
-        client = Client(args.scheduler)
-    options = dict(iterations=args.iterations or args.usual, seed=args.seed, samples=args.samples)
-    with guesses_told():
-        told = solve_volume(slices, args.out, UNet(args.scales, args.channels), args.every, args.workers, client,
-                            not args.quiet, **options)
-    failed = [f"dip-uq: slice {note['slice']}: {note['error']}" for note in told if "error" in note]
-    return [*failed, f"written: {len(told) - len(failed)} of {len(told)} slices, images and error bars, in {args.out}"]
+    options = dict(iterations=args.usual if args.iterations is None else args.iterations, seed=args.seed)
+    with guesses_told(), cluster(args.workers, args.scheduler) as client:
+        told = solve_volume(slices, args.out, UNet(args.scales, args.channels), args.every, client=client,
+                            samples=args.samples, progress=not args.quiet, **options)
+    failed = [f"slice {note['slice']}: {note['error']}" for note in told if "error" in note]
+    if failed: raise ValueError(f"{len(failed)} of {len(told)} slices failed, and are empty in {args.out}; the same "
+                                f"command tries them again: {'; '.join(failed[:3])}")
+    return [f"written: {len(told)} slices, images and error bars, in {args.out}"]
 
 def run_pretrain(args: argparse.Namespace) -> Pretrained:
     "Teach a network and write it to `args.out`; its state is kept beside that file while it learns."
@@ -403,7 +403,7 @@ def end_of(args: argparse.Namespace, own: bool) -> int:
         tell(f"\ndip-uq: {str(e) or interrupted(args)}")
         if own: os._exit(130) # to take torch apart would be another second
         return 130
-    except (ValueError, TypeError, OSError, RuntimeError, MemoryError, AssertionError) as e:
+    except (ValueError, TypeError, OSError, RuntimeError, MemoryError, AssertionError, ImportError) as e:
         if vars(args).get("verbose"): traceback.print_exc()
         tell(f"dip-uq: {in_one_line(e)}")
         return 2

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from .data import Scan, _whole
-from .operators import LinearOperator
+from .operators import LinearOperator, require_memory
 from .posterior import Posterior
 from .rays import Geometry, RayTransform, _ray_transform
 
@@ -36,7 +36,8 @@ class Design:
 
     `gain` is of "variance", by how much the mean square of the error bars falls (A-optimal); "information", in nats; or
     "error", the mean variance of its rays. Error bars are those of `samples` of the posterior, so the choice is that of
-    the linear model; they do not depend on what will be measured. Views that the scan has already are not chosen.
+    the linear model; they do not depend on what will be measured. Views that the scan has already are not chosen. Gains
+    are a little too large, as samples are few; the `error` is not.
     Source: Barbano et al., arXiv:2207.05714, but for the first gain, and for conditioning on what was chosen before.
     Raises ValueError for arguments that do not fit.
     """
@@ -60,9 +61,12 @@ class Design:
         noise = posterior.evidence.noise_std if noise_std is None else noise_std
         self.noise = _of_views("noise_std", noise, views)
         region = torch.ones_like(image, dtype=torch.bool) if region is None else _region(region, image)
+        require_memory(4 * math.prod(candidates.range_shape) * samples, f"{samples} samples of {views} views",
+                       "take fewer candidates or samples", image.device)
         parts, seen = [], []
-        for part in posterior.deviations(_whole("samples", samples, 2), progress=progress):
-            parts.append(candidates(part).flatten(2))
+        self.samples, self.spent = _whole("samples", samples, 2), 0.0
+        for part in posterior.deviations(samples, progress=progress):
+            parts.append(candidates(part).reshape(len(part), views, -1))
             seen.append(part[:, region.to(part.device)])
         self.rays = torch.cat(parts).movedim(0, 2).contiguous() / math.sqrt(samples) # G (views, readings, samples)
         F = torch.cat(seen) / math.sqrt(samples * int(region.sum())) # (samples, pixels)
@@ -71,27 +75,36 @@ class Design:
 
     @property
     def error(self) -> float:
-        "Root mean square of the error bars, in the unit of the image."
-        return math.sqrt(float(self.squares.trace()))
+        "Root mean square of the error bars, in the unit of the image, without what few samples make of it."
+        return math.sqrt(float(self.squares.trace()) / (1 - self.spent / self.samples))
 
     def gains(self) -> Tensor: # (views,), float64
-        "What each view would add now, for each unit of its cost; −∞ for those measured."
-        G, noise = self.rays, self.noise.to(self.rays.device)
-        covariance = (G @ G.mT).double()
-        if self.gain == "error": gains = covariance.diagonal(dim1=1, dim2=2).mean(1)
-        else:
-            ratio = covariance / noise[:, None, None]**2
-            noisy = torch.linalg.cholesky(ratio + torch.eye(ratio.shape[1]).to(ratio))
-            if self.gain == "information": gains = noisy.diagonal(dim1=1, dim2=2).log().sum(1)
-            else:
-                told = (G @ self.squares @ G.mT).double() / noise[:, None, None]**2
-                gains = torch.cholesky_solve(told, noisy).diagonal(dim1=1, dim2=2).sum(1)
-        return torch.where(self.open, gains.cpu() / self.costs, -math.inf)
+        "What each view would add now, by the samples, for each unit of its cost; −∞ for those measured."
+        gains = torch.tensor([self.gain_of(view) if self.open[view] else -math.inf for view in range(self.views)])
+        return gains.double() / self.costs
+
+    def gain_of(self, view: int) -> float:
+        "What `view` would add now."
+        G = self.rays[view]
+        covariance = (G @ G.T).double()
+        if self.gain == "error": return float(covariance.diagonal().mean())
+        ratio = covariance / float(self.noise[view])**2
+        noisy = torch.linalg.cholesky(ratio + torch.eye(len(ratio)).to(ratio))
+        if self.gain == "information": return float(noisy.diagonal().log().sum())
+        told = (G @ self.squares @ G.T).double() / float(self.noise[view])**2
+        return float(torch.cholesky_solve(told, noisy).trace())
 
     def measure(self, view: int) -> None:
-        "Error bars as they will be once `view` is measured: F (I + GᵀG / σ²)^(−½)."
+        """Error bars as they will be once `view` is measured: F (I + GᵀG / σ²)^(−½).
+
+        ValueError where so much was measured that the samples do not tell any more.
+        """
         s, Vh = torch.linalg.svd(self.rays[view].double(), full_matrices=False)[1:]
-        Vh, less = Vh.to(self.rays), (1 - (1 + (s / float(self.noise[view]))**2)**-0.5).to(self.rays)
+        ratio = (s / float(self.noise[view]))**2
+        if (spent := self.spent + float((ratio / (1 + ratio)).sum())) > self.samples / 2:
+            raise ValueError(f"samples: {self.samples} are too few for what these views tell, of which {spent:.0f} "
+                             "directions were found; take twice as many, or fewer views at a time")
+        Vh, less, self.spent = Vh.to(self.rays), (1 - (1 + ratio)**-0.5).to(self.rays), spent
         self.rays = self.rays - (self.rays @ Vh.T * less) @ Vh
         self.squares = self.squares - Vh.T @ (less[:, None] * (Vh @ self.squares))
         self.squares = self.squares - (self.squares @ Vh.T * less) @ Vh
@@ -135,13 +148,15 @@ def _region(region: Tensor, image: Tensor) -> Tensor:
 def measured_already(candidates: LinearOperator, scan: Scan) -> Tensor: # (views,), bool, on the CPU
     "Which views show an arbitrary image as one of the scan does, whether from left to right or from right to left."
     x = torch.rand(candidates.domain_shape, generator=torch.Generator().manual_seed(0)).to(scan.measurement)
-    ours, theirs = (A(x).flatten(1).double().cpu() for A in (candidates, scan.operator))
-    weights = getattr(scan.operator, "weights", None)
-    if weights is not None: theirs = theirs / torch.from_numpy(weights).flatten(1)
-    if ours.shape[1] != theirs.shape[1]: return torch.zeros(len(ours), dtype=torch.bool)
-    scale = theirs.norm(dim=1).clamp(min=1e-300)
-    apart = torch.minimum(torch.cdist(ours, theirs), torch.cdist(ours.flip(1), theirs))
-    return (apart < 1e-4 * scale).any(1)
+    ours, theirs = (A(x).double().cpu() for A in (candidates, scan.operator))
+    known = torch.zeros(len(ours), dtype=torch.bool)
+    if ours.shape[1:] != theirs.shape[1:]: return known
+    weights = getattr(scan.operator, "weights", None) # 0 of readings that are missing
+    weights = torch.ones_like(theirs) if weights is None else torch.from_numpy(weights)
+    for view, weight in zip(theirs, weights):
+        for seen in ours, ours.flip(-1):
+            known |= (seen * weight - view).flatten(1).norm(dim=1) < 1e-4 * view.norm()
+    return known
 
 # %% ../nbs/28_design.ipynb #2d51000e3
 def draw_plan(angles: np.ndarray, # (views,) of the candidates, in radians

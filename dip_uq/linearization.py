@@ -98,9 +98,15 @@ with_gradients = torch.inference_mode(False) # also where somebody has switched 
 @contextmanager
 def exactly() -> Iterator[None]:
     "With gradients, and on a GPU in full float32: the 10 bits of TF32, which PyTorch allows, are too few for J."
-    cudnn = torch.backends.cudnn
-    as_it_is = dict(enabled=cudnn.enabled, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic)
-    with torch.inference_mode(False), cudnn.flags(**as_it_is, allow_tf32=False): yield
+    cudnn: Any = torch.backends.cudnn
+    with torch.inference_mode(False):
+        if not hasattr(cudnn, "conv"): # before PyTorch 2.9
+            as_it_is = dict(enabled=cudnn.enabled, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic)
+            with cudnn.flags(**as_it_is, allow_tf32=False): yield
+            return
+        before, cudnn.conv.fp32_precision = cudnn.conv.fp32_precision, "ieee"
+        try: yield
+        finally: cudnn.conv.fp32_precision = before
 
 def run_hooked(net: nn.Module,
                hooks: dict[nn.Module, Callable], # forward hook of each module

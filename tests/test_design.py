@@ -17,7 +17,7 @@ SIZE, BINS, NOISE = 12, 14, 0.3
 ANGLES = np.arange(12) * np.pi / 12
 
 
-def gaussian(seed=0, samples=60):
+def gaussian(seed=0, samples=400):
     "What `Design` asks of a posterior, with a covariance of low rank that is known: that of its samples."
     x = torch.randn(samples, SIZE, SIZE, generator=torch.Generator().manual_seed(seed)) * torch.linspace(0.1, 1, SIZE)
     scan = Scan(torch.zeros(1, BINS), parallel_beam([0.13], (SIZE, SIZE), BINS))
@@ -40,7 +40,7 @@ def rows(angles): return torch.tensor(parallel_beam(angles, (SIZE, SIZE), BINS).
 
 
 def plan_of(posterior, angles=ANGLES, **options):
-    return Design(posterior, parallel_beam(angles, (SIZE, SIZE), BINS), samples=60, **options)
+    return Design(posterior, parallel_beam(angles, (SIZE, SIZE), BINS), samples=400, **options)
 
 
 @pytest.mark.parametrize("gain", GAINS)
@@ -87,7 +87,29 @@ def test_error_bars_after_any_views_in_any_order(views):
         before = plan.error
         plan.measure(view)
         assert plan.error < before
-    assert plan.error == pytest.approx(float(after(S, rows(ANGLES[views])).trace())**0.5 / SIZE, rel=1e-4)
+    assert float(plan.squares.trace()) == pytest.approx(float(after(S, rows(ANGLES[views])).trace()) / SIZE**2, rel=1e-4)
+    assert plan.error**2 == pytest.approx(float(plan.squares.trace()) / (1 - plan.spent / 400), rel=1e-6)
+
+
+@pytest.mark.parametrize("length", [0.5, 3.0], ids=["nearly white", "smooth"])
+def test_few_samples_do_not_shorten_the_error(length):
+    "The covariance is known, and has more directions than there are samples: 200 for 400 pixels. Without the correction it was a fifth too short."
+    n, angles = 20, np.arange(5) * np.pi / 5
+    place = torch.cartesian_prod(*[torch.arange(n).double()] * 2)
+    S = torch.exp(-torch.cdist(place, place) / length)
+    A = parallel_beam(angles, (n, n), 24)
+    drawn = (torch.linalg.cholesky(S) @ torch.randn(n * n, 200, generator=torch.Generator().manual_seed(0)).double()).T.float().view(-1, n, n)
+    scan = Scan(torch.zeros(1, 24), parallel_beam([0.1], (n, n), 24))
+    def deviations(samples, progress=False): yield drawn
+    posterior = SimpleNamespace(deviations=deviations, evidence=SimpleNamespace(noise_std=3.0), lin=SimpleNamespace(recon=SimpleNamespace(image=drawn[0], scan=scan)))
+    plan = Design(posterior, A, samples=200)
+    for view in range(5): plan.measure(view)
+    exact = float(after(S, torch.tensor(A.matrix.toarray()), 3.0).trace())**0.5 / n
+    assert plan.error == pytest.approx(exact, rel=0.06)
+    assert float(plan.squares.trace())**0.5 < 0.95 * exact
+    with pytest.raises(ValueError, match="samples: 200 are too few"):
+        plan = Design(posterior, A, samples=200, noise_std=1e-3)
+        for view in range(5): plan.measure(view)
 
 
 def test_a_region_costs_and_noise_of_views():
@@ -117,7 +139,9 @@ def test_views_that_were_measured_are_known_again():
     "Whatever the weights of their readings; and in parallel beam from the other side as well."
     A = parallel_beam(ANGLES[:3], (SIZE, SIZE), BINS)
     scan = simulate(walnut(SIZE, 0), A, noise=0.05, seed=0)
-    each = Scan(scan.measurement, A, noise_std=0.1 + torch.rand(scan.measurement.shape)).white
+    valid = torch.ones(scan.measurement.shape, dtype=torch.bool)
+    valid[:, 5] = False  # a dead bin
+    each = Scan(scan.measurement, A, noise_std=0.1 + torch.rand(scan.measurement.shape), valid=valid).white
     candidates = at_angles(A, np.concatenate([ANGLES, ANGLES + np.pi]))
     for s in scan, each: assert measured_already(candidates, s).nonzero()[:, 0].tolist() == [0, 1, 2, 12, 13, 14]
     fan = fan_beam(ANGLES[:3], (SIZE, SIZE), BINS, 2.0, source_origin=40, origin_detector=20)

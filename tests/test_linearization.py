@@ -12,7 +12,7 @@ from torch import nn
 from scipy.ndimage import gaussian_filter
 from torch.func import functional_call, jacrev
 
-from dip_uq.linearization import (Linearization, class_grams, convolutions, likely_errors, patches, stencil_basis,
+from dip_uq.linearization import (Linearization, class_grams, convolutions, exactly, likely_errors, patches, stencil_basis,
                                   tap_distances)
 from dip_uq.networks import DeepDecoder, UNet
 from dip_uq.operators import as_operator
@@ -174,3 +174,17 @@ def test_likely_errors_by_hand(shape):
     found = likely_errors(image, 2.0)
     ratio = found / (expected + 0.3)
     assert torch.allclose(ratio, ratio.mean().expand(shape), rtol=1e-9) and abs(found.square().mean() - 1) < 1e-9
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="PyTorch before 2.9")
+@pytest.mark.parametrize("chosen", [None, "tf32", "ieee"])
+def test_products_leave_the_precision_of_convolutions_as_it_was(chosen):
+    "Whether somebody has chosen it or not."
+    conv = torch.backends.cudnn.conv
+    before = conv.fp32_precision
+    try:
+        if chosen: conv.fp32_precision = chosen
+        with exactly(): assert conv.fp32_precision == "ieee"
+        assert conv.fp32_precision == (chosen or before)
+    finally: conv.fp32_precision = before
+    assert torch.backends.cudnn.allow_tf32 in (True, False)

@@ -1,10 +1,12 @@
 "Stacks of slices: each as it would be alone, whatever fails or is killed, in a file that others open."
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ from dip_uq.formats import count_rows
 from dip_uq.networks import UNet
 from dip_uq.pipeline import solve
 from dip_uq.rays import parallel_beam
-from dip_uq.volumes import create_volume, finish_volume, level_shapes, part_of, solve_slice, solve_volume, stack_of
+from dip_uq.volumes import create_volume, finish_volume, level_shapes, part_of, read_note, solve_slice, solve_volume, stack_of
 
 zarr = pytest.importorskip("zarr", reason="zarr is not installed")
 pytest.importorskip("distributed", reason="dask.distributed is not installed")
@@ -29,7 +31,9 @@ def scan_of(i):
     return simulate(walnut(SIZE, 3), parallel_beam(np.arange(10) * np.pi / 10, (SIZE, SIZE), 23), noise=0.05, seed=i)
 
 
-def lost(): raise OSError("the disk has a scratch")
+def on_disk(i, path):
+    if not Path(path).exists(): raise OSError("the disk is lost")
+    return scan_of(i)
 
 
 def net(): return UNet(2, 4)
@@ -37,21 +41,54 @@ def net(): return UNet(2, 4)
 
 def test_slices_are_as_they_would_be_alone_and_failures_cost_nothing_else(tmp_path):
     "And begun again, only what failed is done; the rest is not even read."
-    threads, out = torch.get_num_threads(), tmp_path / "stack.zarr"
-    told = solve_volume([scan_of(0), lost, scan_of(2)], out, net(), workers=1, progress=False, **FIT)
-    assert [note.get("error") for note in told] == [None, "OSError: the disk has a scratch", None]
+    threads, out, disk = torch.get_num_threads(), tmp_path / "stack.zarr", tmp_path / "disk"
+    slices = [scan_of(0), partial(on_disk, 1, str(disk)), scan_of(2)]
+    def run(**more): return solve_volume(slices, out, net(), workers=1, progress=False, **FIT | more)
+    told = run()
+    assert [note.get("error") for note in told] == [None, "OSError: the disk is lost", None]
     torch.set_num_threads(1)
     try: alone = solve(scan_of(2), net(), progress=False, **FIT)
     finally: torch.set_num_threads(threads)
     x = zarr.open_array(out / "0")[:]
     np.testing.assert_array_equal(x[:, 2], torch.stack([alone.image, alone.std]).numpy())
     assert np.isnan(x[:, 1]).all() and told[2]["zstd"] == alone.summary()["zstd"]
-    again = solve_volume([scan_of(0), scan_of(1), lost], out, net(), workers=1, progress=False, **FIT)
+    disk.touch()
+    again = run()
     assert again[::2] == told[::2] and "error" not in again[1]
     assert np.isfinite(zarr.open_array(out / "0")[:]).all() and not out.with_name("stack.zarr.state").exists()
-    assert solve_volume([scan_of(0), lost, lost], out, net(), progress=False, **FIT) == again  # all is there
-    with pytest.raises(ValueError, match="holds another volume"):
-        solve_volume([scan_of(0)] * 3, out, net(), progress=False, iterations=31)
+    disk.unlink()
+    assert run() == again  # all is there
+    with pytest.raises(ValueError, match="holds another volume"): run(iterations=31)
+    slices[0] = scan_of(5)
+    with pytest.raises(ValueError, match="holds another volume"): run()
+
+
+class Never:
+    "A client that must not be asked."
+
+
+def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path):
+    def refused(match, slices=(scan_of(0),), kind=ValueError, **options):
+        with pytest.raises(kind, match=match):
+            solve_volume(slices, tmp_path / "v.zarr", client=Never(), progress=False, **dict(net=net()) | options)
+        assert not list(tmp_path.glob("**/0"))
+    refused("there are none", [])
+    refused("iterationz= is unknown", kind=TypeError, iterationz=3)
+    refused("state= is unknown", kind=TypeError, state="run")
+    refused("every=0 is out of range", every=0)
+    refused("net", net=torch.nn.Linear(2, 2))
+    refused("the disk is lost", [partial(on_disk, 0, "nowhere")], kind=OSError)
+
+
+def test_slices_of_another_size_fail_and_notes_of_another_volume_do_not_count(tmp_path):
+    out, other = tmp_path / "v.zarr", simulate(walnut(18, 3), parallel_beam([0.0, 1.0], (18, 18), 23), noise=0.05)
+    create_volume(out, 2, scan_of(0), dict(a=1))
+    assert "of the volume [16, 16, 1.0, 1.0]" in solve_slice(other, 0, out, net(), FIT)["error"]
+    assert "error" not in solve_slice(scan_of(0), 0, out, net(), FIT) and read_note(out, 0)["slice"] == 0
+    shutil.rmtree(out)
+    create_volume(out, 2, scan_of(0), dict(a=1))
+    assert read_note(out, 0) is None  # though it is there
+    with pytest.raises(ValueError, match="holds another volume"): create_volume(out, 2, scan_of(0), dict(a=2))
 
 
 def test_neighbours_educate(tmp_path):
@@ -72,7 +109,7 @@ def test_neighbours_educate(tmp_path):
 def test_the_pyramid_is_of_means_and_opens_elsewhere(tmp_path):
     scan = simulate(walnut(97, 0), parallel_beam([0.0], (97, 97), 10, pixel_size=0.5), noise=0.05)
     out, fine = tmp_path / "v.zarr", torch.rand(2, 2, 97, 97)
-    create_volume(out, 2, scan, {})
+    create_volume(out, 2, scan, {}, distance=2.0)
     group = zarr.open_group(out)
     group["0"][:] = fine.numpy()
     finish_volume(out, [])
@@ -81,7 +118,7 @@ def test_the_pyramid_is_of_means_and_opens_elsewhere(tmp_path):
     np.testing.assert_allclose(coarse[..., :48, :48], fine[..., :96, :96].unflatten(2, (48, 2)).unflatten(4, (48, 2)).mean((3, 5)), rtol=1e-5)
     np.testing.assert_allclose(coarse[..., 48, 48], fine[..., 96, 96], rtol=1e-6)  # a corner is its own mean, not a quarter of it
     first, second = group.attrs["ome"]["multiscales"][0]["datasets"]
-    assert second["coordinateTransformations"] == [dict(type="scale", scale=[1, 1, 1.0, 1.0]), dict(type="translation", translation=[0, 0, 0.25, 0.25])]
+    assert second["coordinateTransformations"] == [dict(type="scale", scale=[1.0, 2.0, 1.0, 1.0]), dict(type="translation", translation=[0, 0, 0.25, 0.25])]
     reader, io = (pytest.importorskip(f"ome_zarr.{name}", reason="ome-zarr is not installed") for name in ("reader", "io"))
     found, = (node for node in reader.Reader(io.parse_url(out))() if node.data)
     assert [level.shape for level in found.data] == [(2, 2, 97, 97), (2, 2, 49, 49)]
@@ -128,8 +165,10 @@ def test_the_command_reads_a_file_row_by_row(tmp_path, capsys):
     assert len({s.operator.geometry.centre for s in some}) == 1  # of the middle one, for all
     small = "--scales 2 --channels 4 --iterations 20 --workers 1 --quiet".split()
     assert main(["volume", str(path), "--rows", "1", "2", *small, "--out", str(tmp_path / "v.zarr")]) == 0
-    assert "2 of 2 slices" in capsys.readouterr().out
+    assert "written: 2 slices" in capsys.readouterr().out
     known = json.loads((tmp_path / "v.zarr" / "zarr.json").read_text())["attributes"]["dip_uq"]
     assert [note["slice"] for note in known["slices"]] == [0, 1]
     assert main(["volume", str(path), *small, "--out", str(tmp_path / "v.zarr")]) == 2
     assert "holds another volume" in capsys.readouterr().err
+    assert main(["volume", str(path), "--rows", "1", "3", *small, "--out", str(tmp_path / "w.zarr")]) == 2
+    assert "choose some of 0 to 2" in capsys.readouterr().err
