@@ -6,8 +6,8 @@
 Parallel beam, 5 % noise, 5 pilot projections, evenly (limited: within 60°), then 5 at a time out of 180 after a new fit.
 bars: three with nearly one direction; region: a walnut of which a disc matters. Each set of projections is scored by PSNR
 of TV (weight by held-out projections) and of the fit; truth has no part in any choice. --quick: 2 images of a kind at 48²,
-up to 20 projections, fits of 600 steps. One line of JSON for each image, way and number of projections; called again with the same file, it goes on where it
-stopped, and writes what it found beside it, as design.json.
+up to 20 projections, fits of 600 steps. One line of JSON for each image, way and number of projections; called again with the
+same file, it goes on where it stopped, and writes what it found beside it, as design.json.
 """
 import math
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -96,11 +96,11 @@ def white_pixels(scan):
                            lin=SimpleNamespace(recon=SimpleNamespace(image=x, scan=scan)))
 
 
-def fixed(bench, way, n, draw):
+def fixed(bench, way, n):
     "Angles that need no image."
     if way == "even": return np.arange(n) * np.pi / n
     if way == "golden": return np.mod(np.arange(n) * np.pi * (5**0.5 - 1) / 2, np.pi)
-    more = np.random.default_rng([bench.seed, draw]).permutation(np.setdiff1d(np.arange(VIEWS), bench.pilots))
+    more = np.random.default_rng(bench.seed).permutation(np.setdiff1d(np.arange(VIEWS), bench.pilots))
     return bench.angles[bench.pilots + more[:n - PILOTS].tolist()]
 
 
@@ -110,7 +110,7 @@ def study(kind, seed, way, size, most, iterations):
     bench, lines = Bench(kind, seed, size), []
     views, whole, adaptive = list(bench.pilots), torch.ones_like(bench.region), way in (*GAINS, "pixels")
     for n in range(PILOTS, most + 1, BATCH):
-        scan = bench.scan(bench.angles[views] if adaptive else fixed(bench, way, n, 0))
+        scan = bench.scan(bench.angles[views] if adaptive else fixed(bench, way, n))
         recon, tv = fit_of(scan, iterations), tv_reconstruction(scan)[0]
         line = dict(n=n, psnr=bench.psnr(recon.image), psnr_tv=bench.psnr(tv))
         if adaptive:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['demo_scan', 'OneLine', 'add_import', 'add_next', 'add_volume', 'auto_or_bin', 'parser', 'info', 'run_import',
            'results_in', 'samples_of', 'guesses_told', 'scan_of', 'run_solve', 'tell_results', 'state_of', 'stages',
-           'run_next', 'run_volume', 'run_pretrain', 'in_one_line', 'check_device', 'interrupted', 'deaf', 'carry_out',
+           'run_pretrain', 'in_one_line', 'check_device', 'run_next', 'run_volume', 'interrupted', 'deaf', 'carry_out',
            'end_of', 'give_up', 'main']
 
 # %% ../nbs/32_cli.ipynb #f90d6cfe
@@ -41,8 +41,8 @@ from .files import check_folder, check_state, ends_by_interrupt, locked, remove_
 from .formats import READERS
 from .networks import UNet
 from .pipeline import ImageOnly, headline, solve, solve_image
-from .posterior import Posterior
 from .plotting import Unfailing, tell
+from .posterior import Posterior
 from .pretraining import FINE, PHANTOMS, Pretrained, fan_scanner, fan_scanners, pretrain
 from .scans import _LENGTHS, import_fields, load_scan, preview
 from .volumes import cluster, solve_volume, stack_of
@@ -53,7 +53,7 @@ def demo_scan(size: int = 96, angles: int = 30, noise: float = 0.05, seed: int =
     seed = _whole("seed", seed, 0)
     return replace(simulate(walnut(size, seed), fan_scanner(size, angles), noise, seed), name=f"walnut {seed}")
 
-# %% ../nbs/32_cli.ipynb #d2a7d23d
+# %% ../nbs/32_cli.ipynb #d2a7d23e
 class OneLine(argparse.ArgumentParser):
     "A parser that says in one line what is wrong."
     def error(self, message: str) -> NoReturn: self.exit(2, f"dip-uq: {message}; {self.prog} --help tells more\n")
@@ -79,6 +79,7 @@ def add_import(commands: Any) -> None:
     for key in _LENGTHS: p.add_argument(f"--{key.replace('_', '-')}", type=float, metavar="LENGTH")
     p.add_argument("--size", type=int, help="pixels on each side of the image (default as many as bins)")
 
+# %% ../nbs/32_cli.ipynb #d2a7d23f
 def add_next(commands: Any) -> None:
     "The arguments of `dip-uq next`."
     about = "Say which projections to measure next, by the error bars of dip-uq reconstruct: after that, with its DIR."
@@ -118,6 +119,7 @@ def add_volume(commands: Any) -> argparse.ArgumentParser:
     p.add_argument("--verbose", action="store_true", help="errors with a traceback")
     return p
 
+# %% ../nbs/32_cli.ipynb #d2a7d23d
 def auto_or_bin(text: str) -> str | float: return text if text == "auto" else float(text)
 
 def parser() -> argparse.ArgumentParser:
@@ -298,43 +300,6 @@ def stages(solution: ImageOnly) -> str:
     lines["memory"] = f"{summary['peak_memory_mb']:.0f} MB at most"
     return "\n".join(f"{name:<16}{value}" for name, value in lines.items())
 
-def run_next(args: argparse.Namespace) -> list[str]: # lines that tell it
-    "Choose projections by the results in `args.out`, and draw them."
-    if not (path := args.out / "posterior.safetensors").exists():
-        raise ValueError(f"--out {args.out}: there is no posterior.safetensors; run dip-uq reconstruct {args.scan} "
-                         f"--out {args.out} first")
-    views, scan = _whole("--candidates", args.candidates), scan_of(args)
-    scanner: Any = scan.operator # of a file, so it has a geometry
-    half = not scanner.geometry.fan and not getattr(scanner.geometry, "lopsided", False)
-    period = np.pi if half else 2 * np.pi
-    candidates = at_angles(scanner, np.arange(views) * period / views)
-    region = None if args.region is None else torch.from_numpy(np.asarray(tifffile.imread(args.region)) != 0)
-    posterior = Posterior.load(path, scan, progress=not args.quiet)
-    plan = Design(posterior, candidates, args.gain, region, progress=not args.quiet)
-    now, gains = plan.error, plan.gains()
-    chosen = plan.next(args.batch, args.until)
-    if now <= args.until: return [f"error bars of {now:.4g} (root mean square) are good enough: no more are needed"]
-    if not chosen: raise ValueError(f"--candidates {views}: all of these were measured; give more")
-    picture = draw_plan(candidates.angles, gains, chosen, scanner.angles, period)
-    write_by(args.out / "next.png", lambda f: picture.savefig(f, dpi=140))
-    return [f"{'angle':>8}  {args.gain:>11}  error bars then (now {now:.4g})",
-            *(f"{np.rad2deg(candidates.angles[c.view]):7.1f}°  {c.gain:11.4g}  {c.error:.4g}" for c in chosen),
-            f"written: {args.out / 'next.png'}"]
-
-def run_volume(args: argparse.Namespace) -> list[str]: # lines that tell it
-    "Solve the slices of a file, here or on a cluster."
-    rows = None if args.rows is None else range(args.rows[0], args.rows[1] + 1)
-    reading = {key: value for key in ("degrees", "counts", "centre") if (value := vars(args)[key]) is not None}
-    slices = stack_of(args.file, rows, args.angles, args.size, args.bins, **reading)
-    options = dict(iterations=args.usual if args.iterations is None else args.iterations, seed=args.seed)
-    with guesses_told(), cluster(args.workers, args.scheduler) as client:
-        told = solve_volume(slices, args.out, UNet(args.scales, args.channels), args.every, client=client,
-                            samples=args.samples, progress=not args.quiet, **options)
-    failed = [f"slice {note['slice']}: {note['error']}" for note in told if "error" in note]
-    if failed: raise ValueError(f"{len(failed)} of {len(told)} slices failed, and are empty in {args.out}; the same "
-                                f"command tries them again: {'; '.join(failed[:3])}")
-    return [f"written: {len(told)} slices, images and error bars, in {args.out}"]
-
 def run_pretrain(args: argparse.Namespace) -> Pretrained:
     "Teach a network and write it to `args.out`; its state is kept beside that file while it learns."
     iterations, size = args.usual if args.iterations is None else args.iterations, _whole("--size", args.size)
@@ -361,6 +326,45 @@ def check_device(name: str) -> None:
     except (RuntimeError, AssertionError) as e:
         here = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
         raise ValueError(f"--device {name}: {str(e).splitlines()[0]}; choose one of {', '.join(here)}") from e
+
+# %% ../nbs/32_cli.ipynb #f97e1d86
+def run_next(args: argparse.Namespace) -> list[str]: # lines that tell it
+    "Choose projections by the results in `args.out`, and draw them."
+    if not (path := args.out / "posterior.safetensors").exists():
+        raise ValueError(f"--out {args.out}: there is no posterior.safetensors; run dip-uq reconstruct {args.scan} "
+                         f"--out {args.out} first")
+    views, scan = _whole("--candidates", args.candidates), scan_of(args)
+    scanner: Any = scan.operator # of a file, so it has a geometry
+    half = not scanner.geometry.fan and not getattr(scanner.geometry, "lopsided", False)
+    period = np.pi if half else 2 * np.pi
+    candidates = at_angles(scanner, np.arange(views) * period / views)
+    region = None if args.region is None else torch.from_numpy(np.asarray(tifffile.imread(args.region)) != 0)
+    posterior = Posterior.load(path, scan, progress=not args.quiet)
+    plan = Design(posterior, candidates, args.gain, region, progress=not args.quiet)
+    now, gains = plan.error, plan.gains()
+    chosen = plan.next(args.batch, args.until)
+    if now <= args.until: return [f"error bars of {now:.4g} (root mean square) are good enough: no more are needed"]
+    if not chosen: raise ValueError(f"--candidates {views}: all of these were measured; give more")
+    unit = dict(variance="squared unit of the image", information="nats", error="squared unit of readings")[args.gain]
+    picture = draw_plan(candidates.angles, gains, chosen, scanner.angles, period, unit)
+    write_by(args.out / "next.png", lambda f: picture.savefig(f, dpi=140))
+    return [f"{'angle':>8}  {args.gain:>11}  error bars then (now {now:.4g})",
+            *(f"{np.rad2deg(candidates.angles[c.view]):7.1f}°  {c.gain:11.4g}  {c.error:.4g}" for c in chosen),
+            f"written: {args.out / 'next.png'}"]
+
+def run_volume(args: argparse.Namespace) -> list[str]: # lines that tell it
+    "Solve the slices of a file, here or on a cluster."
+    rows = None if args.rows is None else range(args.rows[0], args.rows[1] + 1)
+    reading = {key: value for key in ("degrees", "counts", "centre") if (value := vars(args)[key]) is not None}
+    slices = stack_of(args.file, rows, args.angles, args.size, args.bins, **reading)
+    options = dict(iterations=args.usual if args.iterations is None else args.iterations, seed=args.seed)
+    with guesses_told(), cluster(args.workers, args.scheduler) as client:
+        told = solve_volume(slices, args.out, UNet(args.scales, args.channels), args.every, client=client,
+                            samples=args.samples, progress=not args.quiet, **options)
+    failed = [f"slice {note['slice']}: {note['error']}" for note in told if "error" in note]
+    if failed: raise ValueError(f"{len(failed)} of {len(told)} slices failed, and are empty in {args.out}; the same "
+                                f"command tries them again: {'; '.join(failed[:3])}")
+    return [f"written: {len(told)} slices, images and error bars, in {args.out}"]
 
 # %% ../nbs/32_cli.ipynb #f28fe155
 def interrupted(args: argparse.Namespace) -> str:

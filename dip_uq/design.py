@@ -37,7 +37,8 @@ class Design:
     `gain` is of "variance", by how much the mean square of the error bars falls (A-optimal); "information", in nats; or
     "error", the mean variance of its rays. Error bars are those of `samples` of the posterior, so the choice is that of
     the linear model; they do not depend on what will be measured. Views that the scan has already are not chosen. Gains
-    are a little too large, as samples are few; the `error` is not.
+    are those of the samples alone, to be compared with each other: of few samples, and many readings in a view, they
+    are several times too large. The `error` is corrected for that.
     Source: Barbano et al., arXiv:2207.05714, but for the first gain, and for conditioning on what was chosen before.
     Raises ValueError for arguments that do not fit.
     """
@@ -80,8 +81,8 @@ class Design:
 
     def gains(self) -> Tensor: # (views,), float64
         "What each view would add now, by the samples, for each unit of its cost; −∞ for those measured."
-        gains = torch.tensor([self.gain_of(view) if self.open[view] else -math.inf for view in range(self.views)])
-        return gains.double() / self.costs
+        gains = [self.gain_of(view) if self.open[view] else -math.inf for view in range(self.views)]
+        return torch.tensor(gains, dtype=torch.float64) / self.costs
 
     def gain_of(self, view: int) -> float:
         "What `view` would add now."
@@ -123,12 +124,27 @@ class Design:
             chosen.append(Choice(view, float(gains[view]), self.error))
         return chosen
 
+# %% ../nbs/28_design.ipynb #2d51000e4
 def at_angles(A: LinearOperator, angles: np.ndarray) -> RayTransform: # (n,), in radians
     "The scanner of `A` at other angles; ValueError where it does not turn about an axis."
     if isinstance(A, RayTransform) and isinstance(A.geometry, Geometry):
         return _ray_transform(replace(A.geometry, angles=angles), A.domain_shape)
     raise ValueError(f"A: {A} is not of a scanner that turns, so it has no angles; give its views as an operator")
 
+def measured_already(candidates: LinearOperator, scan: Scan) -> Tensor: # (views,), bool, on the CPU
+    "Which views show an arbitrary image as one of the scan does, whether from left to right or from right to left."
+    x = torch.rand(candidates.domain_shape, generator=torch.Generator().manual_seed(0)).to(scan.measurement)
+    ours, theirs = (A(x).double().cpu() for A in (candidates, scan.operator))
+    known = torch.zeros(len(ours), dtype=torch.bool)
+    if ours.shape[1:] != theirs.shape[1:]: return known
+    weights = getattr(scan.operator, "weights", None) # 0 of readings that are missing
+    weights = torch.ones_like(theirs) if weights is None else torch.from_numpy(weights)
+    for view, weight in zip(theirs, weights):
+        for seen in ours, ours.flip(-1):
+            known |= (seen * weight - view).flatten(1).norm(dim=1) < 1e-4 * view.norm()
+    return known
+
+# %% ../nbs/28_design.ipynb #2d51000e5
 def _of_views(name: str, value: float | Tensor, views: int) -> Tensor: # (views,), float64
     "A positive number for each view; ValueError otherwise."
     value = torch.as_tensor(value, dtype=torch.float64).cpu()
@@ -145,25 +161,13 @@ def _region(region: Tensor, image: Tensor) -> Tensor:
                          f"zero; give a mask (bool) of shape {tuple(image.shape)} with a pixel in it")
     return region
 
-def measured_already(candidates: LinearOperator, scan: Scan) -> Tensor: # (views,), bool, on the CPU
-    "Which views show an arbitrary image as one of the scan does, whether from left to right or from right to left."
-    x = torch.rand(candidates.domain_shape, generator=torch.Generator().manual_seed(0)).to(scan.measurement)
-    ours, theirs = (A(x).double().cpu() for A in (candidates, scan.operator))
-    known = torch.zeros(len(ours), dtype=torch.bool)
-    if ours.shape[1:] != theirs.shape[1:]: return known
-    weights = getattr(scan.operator, "weights", None) # 0 of readings that are missing
-    weights = torch.ones_like(theirs) if weights is None else torch.from_numpy(weights)
-    for view, weight in zip(theirs, weights):
-        for seen in ours, ours.flip(-1):
-            known |= (seen * weight - view).flatten(1).norm(dim=1) < 1e-4 * view.norm()
-    return known
-
 # %% ../nbs/28_design.ipynb #2d51000e3
 def draw_plan(angles: np.ndarray, # (views,) of the candidates, in radians
               gains: Tensor, # (views,), before the first is measured, as from `Design.gains`
               chosen: Sequence[Choice], # as from `Design.next`
               measured: np.ndarray, # angles in radians
               period: float = 2 * np.pi, # after which views are the same
+              unit: str = "", # of the gains, such as "nats"
              ) -> Figure:
     "A polar plot: gain over the angle, what was measured, and what to measure, numbered."
     fig = plt.figure(figsize=(4.2, 4.2), layout="constrained")
@@ -177,7 +181,7 @@ def draw_plan(angles: np.ndarray, # (views,) of the candidates, in radians
         ax.plot([angles[choice.view]] * 2, [0, top], color="tab:green", lw=1)
         ax.text(angles[choice.view], 1.08 * top, str(n), color="tab:green", ha="center", va="center", fontsize=8)
     ax.set_theta_zero_location("N")
-    ax.set_yticklabels([])
-    ax.set_title("gain of one more projection; dots: measured", fontsize=9)
+    ax.tick_params(labelsize=7)
+    ax.set_title(f"gain of one more projection{unit and f' / {unit}'}; dots: measured", fontsize=9)
     plt.close(fig)
     return fig
