@@ -5,7 +5,8 @@
 
 Parallel beam, 5 % noise, 5 pilot projections, evenly (limited: within 60°), then 5 at a time out of 180 after a new fit.
 bars: three with nearly one direction; region: a walnut of which a disc matters. Each set of projections is scored by PSNR
-of TV (weight by held-out projections) and of the fit; truth has no part in any choice. --quick: 2 images of a kind at 48²,
+of TV (weight by held-out projections) and of the fit; truth has no part in any choice but that of the oracle, which knows what
+each projection will show, and what the linear model will make of it. --quick: 2 images of a kind at 48²,
 up to 20 projections, fits of 600 steps. One line of JSON for each image, way and number of projections; called again with the
 same file, it goes on where it stopped, and writes what it found beside it, as design.json.
 """
@@ -30,7 +31,7 @@ from dip_uq.rays import parallel_beam
 from dip_uq.variation import tv_reconstruction
 
 VIEWS, PILOTS, BATCH = 180, 5, 5
-WAYS = [*GAINS, "pixels", "even", "golden", "random"]
+WAYS = [*GAINS, "pixels", "even", "golden", "random", "oracle"]
 OURS = GAINS[0]
 
 
@@ -104,16 +105,31 @@ def fixed(bench, way, n):
     return bench.angles[bench.pilots + more[:n - PILOTS].tolist()]
 
 
+def oracle(bench, model, count):
+    "Views after which the mean of the linear model is nearest to the truth, one by one."
+    X, x, chosen = torch.cat(list(model.deviations(512))).flatten(1) / 512**0.5, model.mean, []
+    for _ in range(count):
+        rays, new = bench.candidates(X.view(-1, *x.shape)).movedim(0, 2), bench.scan(bench.angles).measurement - bench.candidates(x)
+        def told(view): return (rays[view].T @ torch.linalg.solve(rays[view] @ rays[view].T + bench.noise**2 * torch.eye(bench.bins), new[view]) @ X).view_as(x)
+        left = {view: float((x + told(view) - bench.truth)[bench.region].square().sum()) for view in range(VIEWS)}
+        best = min(left, key=left.get)
+        s, Vh = torch.linalg.svd(rays[best], full_matrices=False)[1:]
+        x, X = x + told(best), X - Vh.T @ ((1 - (1 + (s / bench.noise)**2)**-0.5)[:, None] * (Vh @ X))
+        chosen.append(best)
+    return chosen
+
+
 def study(kind, seed, way, size, most, iterations):
     "A line for each number of projections."
     torch.set_num_threads(1)
     bench, lines = Bench(kind, seed, size), []
-    views, whole, adaptive = list(bench.pilots), torch.ones_like(bench.region), way in (*GAINS, "pixels")
+    views, whole, adaptive = list(bench.pilots), torch.ones_like(bench.region), way in (*GAINS, "pixels", "oracle")
     for n in range(PILOTS, most + 1, BATCH):
         scan = bench.scan(bench.angles[views] if adaptive else fixed(bench, way, n))
         recon, tv = fit_of(scan, iterations), tv_reconstruction(scan)[0]
         line = dict(n=n, psnr=bench.psnr(recon.image), psnr_tv=bench.psnr(tv))
-        if adaptive:
+        if way == "oracle": views += oracle(bench, posterior_of(recon), BATCH)
+        elif adaptive:
             model = white_pixels(scan) if way == "pixels" else posterior_of(recon)
             plan = Design(model, bench.candidates, OURS if way == "pixels" else way, bench.region if way in (OURS, "pixels") else whole)
             mean = recon.image if way == "pixels" else model.mean
@@ -142,10 +158,14 @@ def found(lines, most, key="psnr_tv"):
         def at(way, n): return np.array([d[key] for d in of[way] if d["n"] == n])
         late = [n for n in heads if n >= most / 2]
         table[kind] = dict(images=len(seeds)) | {f"psnr_{way}": {n: float(at(way, n).mean()) for n in heads if len(at(way, n))} for way in WAYS if of[way]}
+        table[kind] |= {f"spread_{way}": {n: float(at(way, n).std(ddof=1)) for n in heads if len(at(way, n)) > 1} for way in WAYS if of[way]}
         if of["even"] and of[OURS]:
             goals = {seed: max(d[key] for d in one("even", seed) if d["n"] == most) for seed in seeds}
             table[kind]["share_of_equidistant"] = float(np.mean([reached(one(OURS, seed), goals[seed], key) / most for seed in seeds]))
         if of["golden"] and of[OURS]: table[kind]["excess_db_over_golden"] = float(np.mean([at(OURS, n) - at("golden", n) for n in late]))
+        if of["even"] and of[OURS] and of["oracle"]: # at three quarters of all projections
+            at_n = min(heads, key=lambda n: abs(n - 0.75 * most))
+            table[kind]["gain_of_oracle"] = float((at(OURS, at_n) - at("even", at_n)).mean() / (at("oracle", at_n) - at("even", at_n)).mean())
         ratios = [d["rms"] / d["predicted"] for d in of[OURS]]
         if ratios: table[kind]["rms_over_predicted"] = [float(np.quantile(ratios, q)) for q in (0.1, 0.5, 0.9)]
     return table

@@ -340,7 +340,8 @@ def run_next(args: argparse.Namespace) -> list[str]: # lines that tell it
     candidates = at_angles(scanner, np.arange(views) * period / views)
     region = None if args.region is None else torch.from_numpy(np.asarray(tifffile.imread(args.region)) != 0)
     posterior = Posterior.load(path, scan, progress=not args.quiet)
-    plan = Design(posterior, candidates, args.gain, region, progress=not args.quiet)
+    enough = max(512, 3 * args.batch * scan.measurement.shape[1] // 2) # samples: a view spends a third of its bins
+    plan = Design(posterior, candidates, args.gain, region, samples=enough, progress=not args.quiet)
     now, gains = plan.error, plan.gains()
     chosen = plan.next(args.batch, args.until)
     if now <= args.until: return [f"error bars of {now:.4g} (root mean square) are good enough: no more are needed"]

@@ -36,9 +36,10 @@ class Design:
 
     `gain` is of "variance", by how much the mean square of the error bars falls (A-optimal); "information", in nats; or
     "error", the mean variance of its rays. Error bars are those of `samples` of the posterior, so the choice is that of
-    the linear model; they do not depend on what will be measured. Views that the scan has already are not chosen. Gains
-    are those of the samples alone, to be compared with each other: of few samples, and many readings in a view, they
-    are several times too large. The `error` is corrected for that.
+    the linear model; they do not depend on what will be measured. Views that the scan has already are not chosen.
+    What a view tells is found by the samples and then measured by them, so it would seem more than it is: each view
+    costs as many samples as it has directions to tell of, and those left count for all (as in generalised
+    cross-validation).
     Source: Barbano et al., arXiv:2207.05714, but for the first gain, and for conditioning on what was chosen before.
     Raises ValueError for arguments that do not fit.
     """
@@ -65,7 +66,7 @@ class Design:
         require_memory(4 * math.prod(candidates.range_shape) * samples, f"{samples} samples of {views} views",
                        "take fewer candidates or samples", image.device)
         parts, seen = [], []
-        self.samples, self.spent = _whole("samples", samples, 2), 0.0
+        self.samples = self.free = _whole("samples", samples, 2) # how many have not been spent
         for part in posterior.deviations(samples, progress=progress):
             parts.append(candidates(part).reshape(len(part), views, -1))
             seen.append(part[:, region.to(part.device)])
@@ -76,8 +77,8 @@ class Design:
 
     @property
     def error(self) -> float:
-        "Root mean square of the error bars, in the unit of the image, without what few samples make of it."
-        return math.sqrt(float(self.squares.trace()) / (1 - self.spent / self.samples))
+        "Root mean square of the error bars, in the unit of the image."
+        return math.sqrt(float(self.squares.trace()))
 
     def gains(self) -> Tensor: # (views,), float64
         "What each view would add now, by the samples, for each unit of its cost; −∞ for those measured."
@@ -93,7 +94,8 @@ class Design:
         noisy = torch.linalg.cholesky(ratio + torch.eye(len(ratio)).to(ratio))
         if self.gain == "information": return float(noisy.diagonal().log().sum())
         told = (G @ self.squares @ G.T).double() / float(self.noise[view])**2
-        return float(torch.cholesky_solve(told, noisy).trace())
+        left = self.error**2 - float(torch.cholesky_solve(told, noisy).trace())
+        return self.error**2 - left * self._fewer(float(torch.cholesky_solve(ratio, noisy).trace()))
 
     def measure(self, view: int) -> None:
         """Error bars as they will be once `view` is measured: F (I + GᵀG / σ²)^(−½).
@@ -102,14 +104,20 @@ class Design:
         """
         s, Vh = torch.linalg.svd(self.rays[view].double(), full_matrices=False)[1:]
         ratio = (s / float(self.noise[view]))**2
-        if (spent := self.spent + float((ratio / (1 + ratio)).sum())) > self.samples / 2:
-            raise ValueError(f"samples: {self.samples} are too few for what these views tell, of which {spent:.0f} "
-                             "directions were found; take twice as many, or fewer views at a time")
-        Vh, less, self.spent = Vh.to(self.rays), (1 - (1 + ratio)**-0.5).to(self.rays), spent
-        self.rays = self.rays - (self.rays @ Vh.T * less) @ Vh
+        spent = float((ratio / (1 + ratio)).sum())
+        longer, Vh, less = self._fewer(spent), Vh.to(self.rays), (1 - (1 + ratio)**-0.5).to(self.rays)
+        self.rays = math.sqrt(longer) * (self.rays - (self.rays @ Vh.T * less) @ Vh)
         self.squares = self.squares - Vh.T @ (less[:, None] * (Vh @ self.squares))
-        self.squares = self.squares - (self.squares @ Vh.T * less) @ Vh
+        self.squares = longer * (self.squares - (self.squares @ Vh.T * less) @ Vh)
+        self.free -= spent
         self.open[view] = False
+
+    def _fewer(self, spent: float) -> float:
+        "By what the variance is longer that is left of the samples once `spent` of those still free are not any more."
+        if (left := self.free - spent) < self.samples / 2:
+            raise ValueError(f"samples: {self.samples} are too few for what these views tell, of which "
+                             f"{self.samples - left:.0f} directions were found; take twice as many, or fewer views at a time")
+        return self.free / left
 
     def next(self, count: int, # at most
              until: float = 0.0, # error that is good enough

@@ -40,7 +40,10 @@ def rows(angles): return torch.tensor(parallel_beam(angles, (SIZE, SIZE), BINS).
 
 
 def plan_of(posterior, angles=ANGLES, **options):
-    return Design(posterior, parallel_beam(angles, (SIZE, SIZE), BINS), samples=400, **options)
+    "Its samples have the covariance that is meant, so none is spent."
+    plan = Design(posterior, parallel_beam(angles, (SIZE, SIZE), BINS), samples=400, **options)
+    plan.free = 1e9
+    return plan
 
 
 @pytest.mark.parametrize("gain", GAINS)
@@ -87,13 +90,15 @@ def test_error_bars_after_any_views_in_any_order(views):
         before = plan.error
         plan.measure(view)
         assert plan.error < before
-    assert float(plan.squares.trace()) == pytest.approx(float(after(S, rows(ANGLES[views])).trace()) / SIZE**2, rel=1e-4)
-    assert plan.error**2 == pytest.approx(float(plan.squares.trace()) / (1 - plan.spent / 400), rel=1e-6)
+    assert plan.error**2 == pytest.approx(float(after(S, rows(ANGLES[views])).trace()) / SIZE**2, rel=1e-4)
 
 
-@pytest.mark.parametrize("length", [0.5, 3.0], ids=["nearly white", "smooth"])
-def test_few_samples_do_not_shorten_the_error(length):
-    "The covariance is known, and has more directions than there are samples: 200 for 400 pixels. Without the correction it was a fifth too short."
+@pytest.mark.parametrize("length, noise", [(1.5, 2.0), (3.0, 1.0), (3.0, 3.0)], ids=["rough", "smooth", "smooth and noisy"])
+@pytest.mark.parametrize("gain", GAINS)
+def test_few_samples_tell_no_more_than_they_know(gain, length, noise):
+    """The covariance is known, and has more directions than there are samples: 400 pixels, 200 samples. Taken as all there are, samples
+    promised 1.2 to 1.6 times the fall of the variance for the first view, 0.83 to 0.9 times the information for the fifth, and errors
+    5 to 20 % too short."""
     n, angles = 20, np.arange(5) * np.pi / 5
     place = torch.cartesian_prod(*[torch.arange(n).double()] * 2)
     S = torch.exp(-torch.cdist(place, place) / length)
@@ -101,14 +106,19 @@ def test_few_samples_do_not_shorten_the_error(length):
     drawn = (torch.linalg.cholesky(S) @ torch.randn(n * n, 200, generator=torch.Generator().manual_seed(0)).double()).T.float().view(-1, n, n)
     scan = Scan(torch.zeros(1, 24), parallel_beam([0.1], (n, n), 24))
     def deviations(samples, progress=False): yield drawn
-    posterior = SimpleNamespace(deviations=deviations, evidence=SimpleNamespace(noise_std=3.0), lin=SimpleNamespace(recon=SimpleNamespace(image=drawn[0], scan=scan)))
-    plan = Design(posterior, A, samples=200)
-    for view in range(5): plan.measure(view)
-    exact = float(after(S, torch.tensor(A.matrix.toarray()), 3.0).trace())**0.5 / n
-    assert plan.error == pytest.approx(exact, rel=0.06)
-    assert float(plan.squares.trace())**0.5 < 0.95 * exact
+    posterior = SimpleNamespace(deviations=deviations, evidence=SimpleNamespace(noise_std=noise), lin=SimpleNamespace(recon=SimpleNamespace(image=drawn[0], scan=scan)))
+    plan = Design(posterior, A, gain, samples=200)
+    for view, rows in enumerate(torch.tensor(A.matrix.toarray()).view(5, 24, -1)):
+        C, left = rows @ S @ rows.T, after(S, rows, noise)
+        exact = dict(error=C.trace() / 24, information=torch.logdet(torch.eye(24).double() + C / noise**2) / 2, variance=(S - left).trace() / n**2)[gain]
+        # a difference of two mean squares, so uncertain by a few per cent of these
+        tolerance = dict(abs=0.03 * float(S.trace()) / n**2) if gain == "variance" else dict(rel=0.1)
+        assert plan.gain_of(view) == pytest.approx(float(exact), **tolerance)
+        plan.measure(view)
+        S = left
+        assert plan.error == pytest.approx(float(S.trace())**0.5 / n, rel=0.05)
+    plan = Design(posterior, A, gain, samples=200, noise_std=1e-3)
     with pytest.raises(ValueError, match="samples: 200 are too few"):
-        plan = Design(posterior, A, samples=200, noise_std=1e-3)
         for view in range(5): plan.measure(view)
 
 
