@@ -8,7 +8,7 @@ __all__ = ['z_std', 'coverage', 'log_likelihood', 'shortest_interval', 'RayCheck
 
 # %% ../nbs/25_calibration.ipynb #74fc6092
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -66,6 +66,7 @@ class RayCheck:
     scale_error: float # standard error of s where the bars are right, from the predicted correlations of the rays
     image_share: float # of the variance that is predicted for a ray; the rest is noise
     joint_z: float # like `z_std`, of the residuals whitened by the covariance that is predicted for all rays together
+    z: Tensor | None = field(default=None, kw_only=True, compare=False, repr=False) # (n,), the standardised residuals
 
     @property
     def sees(self) -> bool:
@@ -102,7 +103,7 @@ def check_rays(r: Tensor, P: Tensor, noise_std: float) -> RayCheck: # (n,) and (
     error = math.sqrt(2) * float(torch.linalg.matrix_norm(S)) / (n * predicted) / 2
     white = torch.linalg.solve_triangular(torch.linalg.cholesky(S), r[:, None], upper=False)
     return RayCheck(z_std(r, std), coverage(r, std), math.sqrt(surplus / predicted), error,
-                    predicted / (predicted + noise), float(white.square().mean().sqrt()))
+                    predicted / (predicted + noise), float(white.square().mean().sqrt()), z=r / std)
 
 def held_out_errors(evidence: Evidence, scale: float = 1.0) -> tuple[Tensor, Tensor]: # both (held-out rays,), float64
     "r_h = y_h − A_h x̂ and the standard deviation that diag(s² A_h Σ_{x|y_t} A_hᵀ) + σ_y² predicts; y_t: fitted rays."

@@ -66,7 +66,8 @@ class Design:
         require_memory(4 * math.prod(candidates.range_shape) * samples, f"{samples} samples of {views} views",
                        "take fewer candidates or samples", image.device)
         parts, seen = [], []
-        self.samples = self.free = _whole("samples", samples, 2) # how many have not been spent
+        self.samples = _whole("samples", samples, 2)
+        self.free = float(samples) # those that were not spent
         for part in posterior.deviations(samples, progress=progress):
             parts.append(candidates(part).reshape(len(part), views, -1))
             seen.append(part[:, region.to(part.device)])
@@ -116,7 +117,8 @@ class Design:
         "By what the variance is longer that is left of the samples once `spent` of those still free are not any more."
         if (left := self.free - spent) < self.samples / 2:
             raise ValueError(f"samples: {self.samples} are too few for what these views tell, of which "
-                             f"{self.samples - left:.0f} directions were found; take twice as many, or fewer views at a time")
+                             f"{self.samples - left:.0f} directions were found; take twice as many, or fewer views "
+                             "at a time")
         return self.free / left
 
     def next(self, count: int, # at most

@@ -105,7 +105,7 @@ class ImageOnly:
         "All figures of the run, ready for JSON; scores are None without ground truth."
         scan = self.scan
         return dict(
-            name=scan.name, d_x=self.image.numel(), d_y=scan.measurement.numel(),
+            name=scan.name, unit=scan.unit, d_x=self.image.numel(), d_y=scan.measurement.numel(),
             held_out=list(self.recon.scan.held_out), **self.image_scores(),
             noise_std=scan.level, neighbour_noise=scan.neighbour_noise, fit_rms_over_noise=self.fit_rms_over_noise,
             doubts=self.doubts, reconstruction=self.recon.settings, seed=self.recon.settings["seed"],
@@ -199,6 +199,13 @@ class Solution(ImageOnly):
         ends = {f"interval{100 * level:.0f}": torch.stack(self.interval(level)) for level in (0.68, 0.95)}
         return dict(image=self.image, std=self.std, raw_std=self.raw_std) | ends
 
+    def draws(self, progress: bool = False) -> dict[str, Tensor]: # samples (64 to 256, H, W), held_out_z, unused_z (n,)
+        "Posterior images, and the errors of predicted rays in units of their standard deviation."
+        n = min(256, max(64, 2**22 // self.image.numel())) # 16 MB, if need be more
+        held_out = torch.div(*held_out_errors(self.posterior.evidence, self.check.correction))
+        unused = {} if self.unused is None else dict(unused_z=self.unused.z)
+        return dict(samples=self.posterior.sample(n, progress=progress), held_out_z=held_out) | unused
+
     def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]: # both (H, W)
         "The shortest that holds a pixel with the probability `level`; no lower than where the network's range begins."
         lowest = self.recon.lowest if (self.recon.image >= self.recon.lowest).all() else -math.inf
@@ -279,16 +286,14 @@ class Solution(ImageOnly):
     def save(self, folder: str | Path, progress: bool = False) -> None: # True: bars where it takes long
         """Write to `folder` posterior.safetensors (see `Posterior.load`), result.safetensors (all of `tensors`),
         summary.json, and for other programs image.tif, std.tif, interval68.tif, interval95.tif (two pictures each:
-        lower and upper ends), samples.npz (16 posterior images), report.png and, if h5py is installed, result.nxs
-        (NeXus: image and its errors).
+        lower and upper ends), samples.npz (what `draws` returns), report.png and, if h5py is installed, result.nxs.
 
         Each file appears whole or not at all, the picture last; one that cannot be drawn is a warning.
         """
-        folder = Path(folder)
-        self.posterior.save(folder / "posterior.safetensors")
+        self.posterior.save((folder := Path(folder)) / "posterior.safetensors")
         self.save_figures(folder)
-        samples = self.posterior.sample(16, progress=progress)
-        write_by(folder / "samples.npz", lambda f: np.savez(f, samples=samples.cpu().numpy()))
+        drawn: Any = {name: x.cpu().numpy() for name, x in self.draws(progress).items()}
+        write_by(folder / "samples.npz", lambda f: np.savez(f, **drawn))
         self.save_report(folder)
 
 # %% ../nbs/29_pipeline.ipynb #a47e010c
@@ -364,8 +369,7 @@ def solve(scan: Scan, # what was measured
     seconds |= evidence.seconds
     with stage("the error bars", kept, seconds, "posterior"):
         check = check_held_out(evidence)
-        claimed = gaussian(recon.scan, recon.image).level
-        met = claimed and fitted_noise(lin) <= claimed # otherwise nobody knows the noise
+        met = (claimed := gaussian(recon.scan, recon.image).level) and fitted_noise(lin) <= claimed # else unknown noise
         for share in dict.fromkeys((1.0 if met else check.agreement, 0.0)):
             posterior = Posterior(evidence, check.correction, share)
             std = (posterior.sampled_std(samples, recon.settings["seed"], progress) if samples
@@ -415,13 +419,12 @@ def draw_report(s: Solution) -> Figure:
     draw_images([*axes[0], axes[1, 0], axes[2, 0]], s)
     show_image(axes[1, 1], sections(std), "standard deviation", unit, 0, float(std.max()), "magma")
     outline(axes[1, 1], s)
+    for ax in (axes[1, 2], axes[2, 1]): ax.set_visible(truth is not None)
     if truth is not None:
         error, seen = (s.image - truth).abs().cpu(), s.judged
         show_image(axes[1, 2], sections(error), "|error|", unit, 0, float(std.max()), cmap="magma")
         draws = torch.cat(list(s.posterior.deviations(64))).cpu()
         draw_error_against_std(axes[2, 1], error[seen], std[seen], unit, draws[:, seen])
-    else:
-        for ax in (axes[1, 2], axes[2, 1]): ax.set_axis_off()
     draw_honesty(axes[2, 2], s)
     return fig
 

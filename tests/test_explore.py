@@ -1,0 +1,149 @@
+"The page of results as a person meets it, with the mouse and with the keyboard: what it says is what the files hold."
+import json
+import re
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from browser import PATIENCE, ROOT, By, chromium, errors, find, needs_chromium, served, wait
+
+from dip_uq.explore import Result, answer
+from dip_uq.files import save_tensors
+
+SIZE = 64
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    "Two results as `save` writes them, of one shape or not; the second without error bars."
+    g, made = torch.Generator().manual_seed(0), []
+    for name, shape in dict(first=(SIZE, SIZE), second=(SIZE // 2, SIZE)).items():
+        folder = tmp_path_factory.mktemp(name)
+        image, std = torch.rand(shape, generator=g), 0.1 + torch.rand(shape, generator=g)
+        half = torch.stack([image - std, image + std])
+        bars = dict(std=std, interval68=half, interval95=torch.stack([image - 2 * std, image + 2 * std]))
+        summary = dict(name=name, held_out=[1], psnr=None, doubts=[], unit="1/cm", unused_z_std=None)
+        if name == "first":
+            summary |= dict(heldout_zstd=1.0, verdict="honest", doubts=["<b>angles</b> in radians?"], tenths=[0.5] * 5 + [2.0] * 5)
+            drawn = image + std * torch.randn(64, *shape, generator=g)
+            drawn[:, 20:31, 10:21] += 2 * torch.randn(64, 1, 1, generator=g)  # these go up and down together
+            np.savez(folder / "samples.npz", samples=drawn.numpy(), held_out_z=torch.randn(500, generator=g).numpy())
+        save_tensors(folder / "result.safetensors", dict(image=image) | (bars if name == "first" else {}), summary)
+        made.append(folder)
+    return made
+
+
+@pytest.fixture(scope="module")
+def page(folders):
+    "A browser that has opened both."
+    command = "dip_uq", "explore", *map(str, folders), "--port={port}", "--no-browser"
+    with served(*command) as address, chromium(address) as browser:
+        wait(lambda: find(browser, "body[data-ready]"), "the page is not ready", PATIENCE / 2)
+        yield browser
+
+
+def said(page): return [e.text for e in find(page, ".found")]
+
+def pixels(page, number=0):
+    "The colours of a canvas, row by row."
+    return page.execute_script("const c = document.querySelectorAll('canvas')[arguments[0]];"
+                               "return [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]", number)
+
+def expect(page, *words):
+    "Until the sentence of the first result has all these words."
+    wait(lambda: all(word in said(page)[0] for word in words), f"{words} is not in {said(page)}", 30)
+
+
+@needs_chromium
+def test_the_page_says_what_the_files_hold(page, folders):
+    first = Result.load(folders[0])
+    expect(page, f"row {SIZE // 2}, column {SIZE // 2}:", f"{first.images['image'][SIZE // 2, SIZE // 2]:.4g} ± ", "1/cm")
+    assert "±" not in said(page)[1] and said(page)[1].startswith(f"row {SIZE // 4}, column {SIZE // 2}:")
+    doubts = [e.text for e in find(page, ".doubt")]
+    assert doubts == ["Doubt: <b>angles</b> in radians?"]  # as text
+    image = first.images["image"]
+    grey = np.array(pixels(page)).reshape(SIZE, SIZE, 4)[..., 0]
+    low, high = min(image.min(), Result.load(folders[1]).images["image"].min()), max(image.max(), Result.load(folders[1]).images["image"].max())
+    assert np.abs(grey - 255 * (image - low) / (high - low)).max() <= 1
+    assert not errors(page)
+
+
+@needs_chromium
+def test_keys_move_a_pixel_a_rectangle_and_a_line(page):
+    stage = find(page, ".stage")[0]
+    expect(page, f"row {SIZE // 2}, column {SIZE // 2}:")
+    stage.send_keys("\ue012")  # left
+    expect(page, f"row {SIZE // 2}, column {SIZE // 2 - 1}:")
+    find(page, "[value=rectangle]")[0].click()
+    for _ in range(3): page.execute_script("arguments[0].dispatchEvent(new KeyboardEvent('keydown', {key: 'ArrowDown', shiftKey: true}))", stage)
+    expect(page, f"rows {SIZE // 2}–{SIZE // 2 + 3}, columns {SIZE // 2 - 1}–{SIZE // 2 - 1}: mean")
+    find(page, "[value=line]")[0].click()
+    stage.send_keys("\ue014")  # right: both ends
+    wait(lambda: f"from ({SIZE // 2},{SIZE // 2}) to ({SIZE // 2 + 3},{SIZE // 2})" in find(page, ".chart")[0].get_attribute("aria-label"), "no profile", 30)
+    find(page, "[value=pixel]")[0].click()
+    expect(page, f"row {SIZE // 2}, column {SIZE // 2}:")
+
+
+@needs_chromium
+def test_the_mouse_draws_a_rectangle_around_the_pixels_under_it(page, folders):
+    from selenium.webdriver.common.action_chains import ActionChains
+    stage = find(page, ".stage")[0]
+    find(page, "[value=rectangle]")[0].click()
+    page.execute_script("arguments[0].scrollIntoView({block: 'center'})", stage)
+    side = stage.rect["width"]
+    at = [round((n + 0.5) / SIZE * side - side / 2) for n in (10, 20, 30)]  # from the middle
+    ActionChains(page).move_to_element_with_offset(stage, at[0], at[1]).click_and_hold().move_to_element_with_offset(
+        stage, at[1], at[2]).release().perform()
+    expect(page, "rows 20–30, columns 10–20: mean")
+    mean = Result.load(folders[0]).images["image"][20:31, 10:21].mean()
+    expect(page, f"mean {mean:.4g} ± ")
+    map_ = np.array(pixels(page, 1)).reshape(SIZE, SIZE, 4)
+    strong = map_[..., 0] < 200  # blue
+    assert strong[20:31, 10:21].mean() > 0.95 > 0.05 > strong[40:].mean()  # white: what chance may do
+
+
+@needs_chromium
+def test_views_and_the_film(page):
+    from selenium.webdriver.support.ui import Select
+    before = pixels(page)
+    Select(page.find_element(By.ID, "view")).select_by_visible_text("standard deviation")
+    wait(lambda: pixels(page) != before, "the picture stays", 30)
+    play, slider = page.find_element(By.ID, "play"), page.find_element(By.ID, "sample")
+    play.click()
+    wait(lambda: int(slider.get_attribute("value")) >= 2, "the film stands still", 30)
+    play.click()
+    stopped = slider.get_attribute("value")
+    caption = find(page, "figcaption")[0]
+    wait(lambda: f"sample {stopped} of 64" in caption.text, "the caption is another's", 30)
+    assert play.get_attribute("aria-pressed") == "false" and not errors(page)
+
+
+def test_the_command_serves_until_it_is_interrupted(folders):
+    "It says where, only this machine is answered, and Ctrl-C is how it ends, so no failure."
+    command = [sys.executable, "-m", "dip_uq", "explore", str(folders[0]), "--no-browser"]
+    run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    address = re.match(r"http://127\.0\.0\.1:\d+/", run.stdout.readline())
+    assert address
+    run.send_signal(signal.SIGINT)
+    assert run.wait(60) == 0
+
+
+def test_large_images_are_answered_by_one_product():
+    "Of 512² pixels and 64 samples, so that nothing is larger than D."
+    shape = 512, 512
+    g = torch.Generator().manual_seed(0)
+    image = torch.rand(shape, generator=g)
+    std = torch.ones(shape)
+    ends = torch.stack([image - 1, image + 1])
+    shared = torch.randn(64, 1, 1, generator=g)  # by which all pixels deviate alike
+    draws = dict(samples=(image + shared).numpy())
+    result = Result.made("large", dict(image=image, std=std, interval68=ends, interval95=ends), draws, dict(doubts=[], unit=""))
+    kind, body = answer([result], "/correlation/0/3/4/100/200")
+    assert (kind, len(body)) == ("application/octet-stream", 4 * 512**2)
+    np.testing.assert_allclose(np.frombuffer(body, "<f4"), 1, atol=1e-4)  # all of them are wrong together
+    expected = float(shared.square().mean())**0.5  # and averaging does not help
+    assert result.deviation(3, 4, 100, 200)[1] == pytest.approx(expected, rel=1e-4)
+    assert json.loads(answer([result], "region/0/3/4/3/4")[1])["words"].startswith("row 3, column 4: ")
