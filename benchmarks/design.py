@@ -7,7 +7,7 @@ Parallel beam, 5 % noise, 5 pilot projections, evenly (limited: within 60°), th
 bars: three with nearly one direction; region: a walnut of which a disc matters. Each set of projections is scored by PSNR
 of TV (weight by held-out projections) and of the fit; truth has no part in any choice but that of the oracle, which tries what
 TV will make of each. --quick: 2 images of a kind at 48²,
-up to 20 projections, fits of 600 steps. One line of JSON for each image, way and number of projections; called again with the
+up to 20 projections, fits of 600 steps, four ways. One line of JSON for each image, way and number of projections; called again with the
 same file, it goes on where it stopped, and writes what it found beside it, as design.json.
 """
 import math
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from common import Lines, arguments, print_table, some, write
 
+from dip_uq.calibration import check_held_out
 from dip_uq.data import Scan, ellipses, walnut
 from dip_uq.design import GAINS, Design
 from dip_uq.dip import reconstruct
@@ -33,6 +34,7 @@ from dip_uq.variation import flattest, linear, tv_reconstruction
 VIEWS, PILOTS, BATCH = 180, 5, 5
 WAYS = [*GAINS, "pixels", "even", "golden", "random", "oracle"]
 OURS = GAINS[0]
+TARGETS = 0.04, 0.06, 0.08, 0.1  # root mean square errors to stop at; images go from 0 to 1
 
 
 def places(size): return np.meshgrid(np.linspace(1, -1, size), np.linspace(-1, 1, size), indexing="ij")
@@ -80,7 +82,10 @@ def fit_of(scan, iterations):
     return reconstruct(held, UNet(4, 16), iterations=iterations, stop="heldout", progress=False)
 
 
-def posterior_of(recon): return Posterior(fit_evidence(Linearization(recon, free_pixels=True), progress=False))
+def posterior_of(recon):
+    "Its error bars as long as the held-out projections ask for."
+    evidence = fit_evidence(Linearization(recon, free_pixels=True), progress=False)
+    return Posterior(evidence, check_held_out(evidence).correction)
 
 
 def white_pixels(scan):
@@ -165,13 +170,24 @@ def found(lines, most, key="psnr_tv"):
             at_n = min(heads, key=lambda n: abs(n - 0.75 * most))
             table[kind]["gain_of_oracle"] = float((at(OURS, at_n) - at("even", at_n)).mean() / (at("oracle", at_n) - at("even", at_n)).mean())
         ratios = [d["rms"] / d["predicted"] for d in of[OURS]]
-        if ratios: table[kind]["rms_over_predicted"] = [float(np.quantile(ratios, q)) for q in (0.1, 0.5, 0.9)]
+        if ratios: table[kind] |= dict(rms_over_predicted=[float(np.quantile(ratios, q)) for q in (0.1, 0.5, 0.9)]) | stopped(one(OURS, seed) for seed in seeds)
     return table
+
+
+def stopped(studies):
+    "For each target: of how many images the predicted error meets it in time, how many of these are as good in truth, and after how many projections."
+    studies, found = [sorted(study, key=lambda d: d["n"]) for study in studies], {}
+    for target in TARGETS:
+        ends = [end for study in studies if (end := next((d for d in study if d["predicted"] <= target), None))]
+        if ends: found[target] = dict(images=len(ends), below_target=float(np.mean([d["rms"] <= target for d in ends])), projections=float(np.mean([d["n"] for d in ends])))
+    return dict(stopping=found, below_target=float(np.average([f["below_target"] for f in found.values()], weights=[f["images"] for f in found.values()])) if found else None)
 
 
 def main():
     args = arguments(__doc__, kinds=some(KINDS), ways=some(WAYS), seeds=10, size=64, most=40, iterations=1000, quick=0, workers=cpu_count())
-    if args.quick: args.seeds, args.size, args.most, args.iterations = 2, 48, 20, 600
+    if args.quick:
+        args.seeds, args.size, args.most, args.iterations = 2, 48, 20, 600
+        args.ways = [way for way in args.ways if way in (OURS, "even", "golden", "oracle")]
     lines = Lines(args.out, "kind", "seed", "way", "size")
     cases = lines.missing([(kind, seed, way, args.size) for seed in range(args.seeds) for kind in args.kinds for way in args.ways])
     with ProcessPoolExecutor(args.workers, get_context("spawn")) as pool:
