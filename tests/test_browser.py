@@ -15,7 +15,7 @@ NOTEBOOK = "31_widgets.ipynb"
 
 # The explorers in the order of the notebook: how many of their controls are sliders, choices, numbers to type, players
 EXPLORERS = dict(wave=(2, 0, 0, 1), train=(1, 0, 0, 1), weights=(3, 0, 0, 0), dreams=(14, 1, 0, 0), hills=(1, 0, 1, 0),
-                 places=(4, 0, 0, 1), honest=(1, 1, 0, 0))
+                 places=(4, 0, 0, 1), honest=(1, 1, 0, 0), next_angle=(0, 1, 0, 0))
 
 
 @pytest.fixture(scope="module")
