@@ -69,7 +69,7 @@ def add_next(commands: Any) -> None:
     p.add_argument("scan", metavar="SCAN", help="that was reconstructed")
     for name in ("angles", "size", "bins"): p.add_argument(f"--{name}", type=int, help="as for dip-uq reconstruct")
     p.add_argument("--out", type=Path, default=Path("out"), metavar="DIR",
-                   help="where its results are; the picture next.png is written there (default %(default)s)")
+                   help="where its results are, and next.json and next.png are written (default %(default)s)")
     p.add_argument("--candidates", type=int, default=180, help="angles to choose from, evenly (default %(default)s)")
     p.add_argument("--batch", type=int, default=5, help="how many to choose (default %(default)s)")
     p.add_argument("--gain", choices=GAINS, default=GAINS[0], help="what is to be large: by how much error bars "

@@ -9,6 +9,7 @@ __all__ = ['demo_scan', 'info', 'run_import', 'results_in', 'samples_of', 'guess
 
 # %% ../nbs/34_cli.ipynb #f90d6cfe
 import argparse
+import json
 import os
 import platform
 import re
@@ -37,7 +38,7 @@ from .data import Scan, _whole, simulate, walnut
 from .design import Design, at_angles, draw_plan
 from .doubts import ROOM, cramped, doubts, widened
 from .explore import explore
-from .files import check_folder, check_state, ends_by_interrupt, locked, remove_pieces, write_by
+from .files import check_folder, check_state, ends_by_interrupt, locked, remove_pieces, write_by, write_whole
 from .networks import UNet
 from .pipeline import ImageOnly, headline, solve, solve_image
 from .plotting import Unfailing, tell
@@ -223,9 +224,12 @@ def run_next(args: argparse.Namespace) -> list[str]: # lines that tell it
     unit = dict(variance="squared unit of the image", information="nats", error="squared unit of readings")[args.gain]
     picture = draw_plan(candidates.angles, gains, chosen, scanner.angles, period, unit)
     write_by(args.out / "next.png", lambda f: picture.savefig(f, dpi=140))
+    told = dict(error=now, gain=args.gain, next=[dict(angle=float(np.rad2deg(candidates.angles[c.view])), gain=c.gain,
+                                                      error=c.error) for c in chosen])
+    write_whole(args.out / "next.json", json.dumps(told, indent=2).encode())
     return [f"{'angle':>8}  {args.gain:>11}  error bars then (now {now:.4g})",
             *(f"{np.rad2deg(candidates.angles[c.view]):7.1f}°  {c.gain:11.4g}  {c.error:.4g}" for c in chosen),
-            f"written: {args.out / 'next.png'}"]
+            f"written: next.json and next.png in {args.out}"]
 
 def run_explore(args: argparse.Namespace) -> None:
     "Serve the results in `args.folders` until Ctrl-C."
