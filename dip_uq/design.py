@@ -19,7 +19,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from .data import Scan, _whole
+from .data import Scan, _positive, _whole
 from .operators import LinearOperator, require_memory
 from .posterior import Posterior
 from .rays import Geometry, RayTransform, _ray_transform
@@ -130,7 +130,7 @@ class Design:
              until: float = 0.0, # error that is good enough
             ) -> list[Choice]:
         "The views to measure next, in their order, as if they were measured; fewer where `until` is reached before."
-        chosen = []
+        chosen, until = [], _positive("until", until, zero=True)
         for _ in range(min(_whole("count", count), int(self.open.sum()))):
             if self.error <= until: break
             gains = self.gains()
