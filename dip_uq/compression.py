@@ -90,7 +90,7 @@ def pixel_rays(lin: Linearization, operator: LinearOperator, count: int, batch: 
 # %% ../nbs/21_compression.ipynb #21000031
 def draw_bytes(readings: int, most: int = MOST) -> float:
     "What random rays, their basis and their singular vectors take, and what comes and goes."
-    return 4 * 8 * readings * (most // 2)
+    return 8 * 8 * readings * (most // 2) # six to nine matrices of that size, as measured
 
 def require_draws(readings: int, most: int = MOST, device: torch.device | str = "cpu") -> None:
     "Raise ValueError where `draw_bytes` exceed the memory that is free."

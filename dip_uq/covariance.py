@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from time import perf_counter
 
+import psutil
 import scipy.sparse as sp
 import torch
 from torch import Tensor, nn
@@ -123,10 +124,10 @@ def forecast(scan: Scan, net: nn.Module, iterations: int, samples: int | None) -
     speed = len(square)**3 / taken(lambda: float((square @ square).sum()))
     convs = convolutions(trial)
     weights, size = sum(m.weight.numel() for m in convs.values()), z.element_size()
-    rays = min(n, MOST)
+    rays, held = min(n, MOST), psutil.Process().memory_info().rss # scan, operator and libraries are there already
     kept, draws = (n, 0) if n <= FEW else (min(n // 2, MOST), min(n, MOST) // 2) # one for two rays, as a rule
     return fit | dict(bars=dense_seconds(weights, kept, p, samples, draws, row, speed), rays=rays,
-                      memory=max(dense_bytes(convs, rays, size), draw_bytes(n) if draws else 0),
+                      memory=held + max(dense_bytes(convs, rays, size), draw_bytes(n) if draws else 0),
                       disk=(rays * weights + draws * n + samples * p) * size)
 
 def announce(scan: Scan, net: nn.Module, iterations: int, samples: int | None, state: State) -> str:

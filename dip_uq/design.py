@@ -197,7 +197,7 @@ def draw_plan(angles: np.ndarray, # (views,) of the candidates, in radians
         ax.text(angles[choice.view], 1.08 * top, str(n), color="tab:green", ha="center", va="center", fontsize=8)
     ax.set_theta_zero_location("N")
     ax.tick_params(labelsize=7)
-    ax.set_title(f"gain of one more projection{unit and f' / {unit}'}; dots: measured", fontsize=9)
+    ax.set_title(f"gain of one more projection{unit and f' / {unit}'}; dots: measured", fontsize=9, pad=18)
     plt.close(fig)
     return fig
 
