@@ -134,7 +134,7 @@ def study(kind, seed, way, size, most, iterations):
         elif adaptive:
             model = white_pixels(scan) if way == "pixels" else posterior_of(recon)
             gain, region = (OURS, bench.region) if way in (OURS, "pixels") else (way, whole)
-            plan = Design(model, bench.candidates, gain, region, samples=2048 if way == "pixels" else 512) # white noise has more to tell
+            plan = Design(model, bench.candidates, gain, region, samples=2048 if way == "pixels" else 1024) # white noise has more to tell
             mean = recon.image if way == "pixels" else model.mean
             line |= dict(predicted=plan.error, rms=float((mean - bench.truth)[bench.region].square().mean())**0.5)
             views += [choice.view for choice in plan.next(BATCH)]

@@ -9,6 +9,7 @@ z (1 is ideal), coverage of 95 % intervals, mean log likelihood, miscalibration 
 One line of JSON for each seed and method; called again with the same file, it goes on where it stopped.
 """
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -90,7 +91,7 @@ METHODS = {
     "filtered back-projection, Hann": lambda scan: image_only(fbp(scan.operator, scan.measurement, "hann")),
     "total variation": lambda scan: image_only(tv_reconstruction(scan)[0]),
     "DeepInverse, DIP, its defaults": lambda scan: image_only(deepinverse(scan, 2500, 1e-2)),
-    "DeepInverse, DIP, favoured": lambda scan: image_only(deepinverse(scan, 700, 1e-3)),  # the best of 14, by the truth of seed 0
+    "DeepInverse, DIP, 10,000 steps": lambda scan: image_only(deepinverse(scan, 10_000, 1e-2)),
     "DIP + TV, fit alone": lambda scan: image_only(reconstruct(scan.apart(), UNet(*NET), stop="heldout", **FIT).image),
     "bootstrap of total variation": tv_bootstrap,
     "Gaussian process of pixels": lambda scan: answered(pixel_prior(scan)),
@@ -105,6 +106,11 @@ PACKAGES = {"DeepInverse": "deepinv", "laplace-torch": "laplace-torch"}
 
 
 def package(method): return next((name for word, name in PACKAGES.items() if method.startswith(word)), "dip_uq")
+
+def installed(method):
+    "Is its package there? If not, that is said."
+    try: return bool(version(package(method)))
+    except PackageNotFoundError: print(f"{method}: skipped, as {package(method)} is not installed")
 
 def scan_of(seed, size): return simulate(walnut(size, seed), fan_scanner(size, 30), noise=0.05, seed=seed)
 
@@ -122,11 +128,9 @@ def scored(method, seed, size):
 
 def run(method, seed, size, memory):
     "The same in a process of its own; why there is nothing, where there is."
-    try: version(package(method))
-    except PackageNotFoundError: return dict(failed=f"skipped: {package(method)} is not installed")
     limit = round(memory * 2**30)
     command = [sys.executable, __file__, "--out", "-", "--one", method, "--seeds", str(seed), "--size", str(size)]
-    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)))
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"), preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)))
     if done.returncode == 0: return json.loads(done.stdout.splitlines()[-1])
     said = [line for line in done.stderr.splitlines() if line.strip()] or [f"ended by {done.returncode}"]
     return dict(failed=f"with {memory:g} GB: {said[-1][:200]}")
@@ -138,7 +142,7 @@ def table(lines):
     for method in METHODS:
         of = [d for d in lines if d["method"] == method]
         done = [d for d in of if "psnr" in d]
-        if done: rows.append([method] + [format(np.mean([d[k] for d in done]), f) if k in done[0] else "" for k, f in names.items()] + [done[0]["package"]])
+        if done: rows.append([f"{method} ({len(done)} of {len(of)})" if len(done) < len(of) else method] + [format(np.mean([d[k] for d in done]), f) if k in done[0] else "" for k, f in names.items()] + [done[0]["package"]])
         elif of: rows.append([method, of[0]["failed"]] + [""] * len(names))
     print_table(["method", *names, "package"], rows)
 
@@ -148,7 +152,7 @@ def main():
         torch.set_num_threads(1)
         return print(json.dumps(scored(args.one, args.seeds, args.size)))
     lines = Lines(args.out, "method", "seed", "size")
-    for case in lines.missing([(method, seed, args.size) for seed in range(args.seeds) for method in args.methods]):
+    for case in lines.missing([(method, seed, args.size) for seed in range(args.seeds) for method in args.methods if installed(method)]):
         lines.add(case, run(*case, args.memory))
     table([d for d in lines if d["size"] == args.size])
 

@@ -9,6 +9,7 @@ __all__ = ['GAINS', 'Choice', 'Design', 'at_angles', 'measured_already', 'draw_p
 # %% ../nbs/28_design.ipynb #2d51000e1
 import copy
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -120,22 +121,29 @@ class Design:
 
     def _fewer(self, spent: float) -> float:
         "By what the variance is longer that is left of the samples once `spent` of those still free are not any more."
-        if (left := self.free - spent) < self.samples / 2:
+        if (left := self.free - spent) < 0.7 * self.samples: # below that, bars seem 5 % longer than they are, and more
             raise ValueError(f"samples: {self.samples} are too few for what these views tell, of which "
-                             f"{self.samples - left:.0f} directions were found; take twice as many, or fewer views "
-                             "at a time")
+                             f"{self.samples - left:.0f} directions were found; take more, or fewer views at a time")
         return self.free / left
 
     def next(self, count: int, # at most
              until: float = 0.0, # error that is good enough
             ) -> list[Choice]:
-        "The views to measure next, in their order, as if they were measured; fewer where `until` is reached before."
-        chosen, until = [], _positive("until", until, zero=True)
+        """The views to measure next, in their order, as if they were measured; fewer where `until` is reached before.
+
+        Where the samples do not tell any more after some of them, these are returned, with a warning.
+        """
+        chosen: list[Choice] = []
+        until = _positive("until", until, zero=True)
         for _ in range(min(_whole("count", count), int(self.open.sum()))):
             if self.error <= until: break
-            gains = self.gains()
-            view = int(gains.argmax())
-            self.measure(view)
+            try:
+                gains = self.gains()
+                self.measure(view := int(gains.argmax()))
+            except ValueError as e:
+                if not chosen: raise
+                warnings.warn(f"{len(chosen)} of {count} views were chosen: {e}")
+                break
             chosen.append(Choice(view, float(gains[view]), self.error))
         return chosen
 
@@ -203,17 +211,25 @@ def draw_plan(angles: np.ndarray, # (views,) of the candidates, in radians
 
 # %% ../nbs/28_design.ipynb #2d51000e6
 def joined(scan: Scan, part: Scan) -> Scan:
-    "The projections of both, those of `part` last, none held out; ValueError where one scanner cannot have made them."
+    """The projections of both, those of `part` last, none held out.
+
+    Raises TypeError or ValueError where one scanner cannot have made them, and where they do not know the same of them.
+    """
+    if not isinstance(part, Scan): raise TypeError(f"part is a {type(part).__name__}; measure must return a Scan")
     operators: list[Any] = [scan.operator, part.operator]
-    scanners = [at_angles(scan.operator, A.geometry.angles) for A in operators]
-    part.check_operator(replace(part, operator=scanners[1]).fingerprint(), "scan")
-    if scan.poisson != part.poisson: raise ValueError("part.poisson: counts and line integrals cannot be joined")
+    scanners = [at_angles(scan.operator, getattr(A, "geometry").angles) for A in operators]
+    for s, scanner in zip((scan, part), scanners):
+        s.check_operator(replace(s, operator=scanner).fingerprint(), "the other scan, or one without weights,")
+    for name in "poisson", "unit":
+        if getattr(scan, name) != getattr(part, name):
+            raise ValueError(f"part.{name}: {getattr(part, name)!r}, but {getattr(scan, name)!r} before; join likes")
     def both(name):
         ours, theirs = values = [getattr(s, name) for s in (scan, part)]
         if not any(map(torch.is_tensor, values)) and ours == theirs: return ours
-        if name == "valid": values = [torch.ones_like(scan.measurement[:1]) if v is None else v for v in values]
+        if name == "valid": values = [torch.ones(1, dtype=torch.bool) if v is None else v for v in values]
         if any(v is None for v in values): raise ValueError(f"part.{name}: known of some projections only; give it all")
-        return torch.cat([torch.as_tensor(v).expand_as(s.measurement) for s, v in zip((scan, part), values)])
+        return torch.cat([torch.as_tensor(v).to(s.measurement.device).expand_as(s.measurement)
+                          for s, v in zip((scan, part), values)])
     fields: Any = {name: both(name) for name in ("noise_std", "valid", "blank")}
     return replace(scan, measurement=torch.cat([scan.measurement, part.measurement]), held_out=(),
                    operator=at_angles(scan.operator, np.concatenate([s.angles for s in scanners])), **fields)
@@ -225,12 +241,25 @@ def without_fit(mean: Tensor, # (H, W), of the posterior
                 readings: Tensor, # (views, bins); those of `views` matter
                 views: Sequence[int], # that are measured
                ) -> tuple[Tensor, Tensor, Design]: # mean and error bars (H, W), and the plan then
-    "What the linear model makes of more readings, the network as it is: a look ahead, in milliseconds."
+    """What the linear model makes of more readings, the network as it is: a look ahead, in milliseconds.
+
+    Raises ValueError for arguments that do not belong together.
+    """
+    if readings.shape != candidates.range_shape:
+        raise ValueError(f"readings: of shape {tuple(readings.shape)}, but those of all candidates, "
+                         f"{tuple(candidates.range_shape)}, are needed; only those of views matter")
+    views = list(views)
+    if len({*views}) < len(views) or any(v not in range(plan.views) or not plan.open[v] for v in views):
+        raise ValueError(f"views: {views}; give candidates that were not measured, each once")
     plan, F = copy.deepcopy(plan), deviations.movedim(0, -1) / math.sqrt(len(deviations))
+    if not torch.allclose(candidates(F[..., 0]).flatten(), plan.rays[..., 0].flatten(), rtol=1e-3, atol=1e-6):
+        raise ValueError("deviations: they are not those that plan was made of; take posterior.deviations(samples)")
+    if views:
+        G, off = plan.rays[views].flatten(0, 1), (readings - candidates(mean))[views].flatten()
+        noise = plan.noise[views].repeat_interleave(readings.shape[1]).square().diag().to(G)
+        mean = mean + F @ (G.T @ torch.linalg.solve(G @ G.T + noise, off))
     for view in views:
-        G, off = plan.rays[view], readings[view] - candidates(mean)[view]
-        told = torch.linalg.solve(G @ G.T + float(plan.noise[view])**2 * torch.eye(len(G)).to(G), off)
-        mean, F = mean + F @ (G.T @ told), plan.step(view)[0](F)
+        F = plan.step(view)[0](F)
         plan.measure(view)
     return mean, F.norm(dim=-1), plan
 
@@ -250,7 +279,15 @@ def campaign(scan: Scan, # a first one, of few projections
              most: int = 60, # projections in all
              **options, # of `Design`: gain, region, noise_std, samples
             ) -> Iterator[Round]:
-    "Fit, choose, measure, again and again, until the error bars are short enough, or `most` projections are measured."
+    """Fit, choose, measure, again and again, until the error bars are short enough, `most` projections are measured, or
+    all candidates.
+
+    What `measure` returns is in the next round, after its fit: an instrument saves it itself. Raises ValueError, before
+    the first fit, for arguments that do not fit.
+    """
+    angles, batch, most = np.asarray(angles, float), _whole("batch", batch), _whole("most", most)
+    until = _positive("until", until, zero=True)
+    at_angles(scan.operator, angles)
     while True:
         posterior = posterior_of(scan)
         plan, room = Design(posterior, at_angles(scan.operator, angles), **options), most - len(scan.measurement)

@@ -153,7 +153,8 @@ class ImageOnly:
         self.save_report(Path(folder))
 
     def save_figures(self, folder: Path) -> None:
-        "Tensors, summary, TIFF and NeXus files."
+        "Tensors, summary, TIFF and NeXus files; what `dip-uq next` has made of an earlier result goes."
+        for plan in ("next.json", "next.png"): (folder / plan).unlink(missing_ok=True)
         summary = self.summary()
         save_tensors(folder / "result.safetensors", self.tensors, summary)
         write_whole(folder / "summary.json", json.dumps(summary, indent=2).encode())
@@ -200,11 +201,10 @@ class Solution(ImageOnly):
         return dict(image=self.image, std=self.std, raw_std=self.raw_std) | ends
 
     def draws(self, progress: bool = False) -> dict[str, Tensor]: # samples (64 to 256, H, W), held_out_z, unused_z (n,)
-        "Posterior images, and the errors of predicted rays in units of their standard deviation."
-        n = min(256, max(64, 2**22 // self.image.numel())) # 16 MB, if need be more
-        held_out = torch.div(*held_out_errors(self.posterior.evidence, self.check.correction))
-        unused = {} if self.unused is None else dict(unused_z=self.unused.z)
-        return dict(samples=self.posterior.sample(n, progress=progress), held_out_z=held_out) | unused
+        "Posterior images (16 volumes), and errors of rays in units of the standard deviation that was predicted first."
+        n = min(256, max(64, 2**22 // self.image.numel())) if self.image.ndim == 2 else 16
+        z = dict(held_out_z=self.check.z) | ({} if self.unused is None else dict(unused_z=self.unused.z))
+        return dict(samples=self.posterior.sample(n, progress=progress)) | z
 
     def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]: # both (H, W)
         "The shortest that holds a pixel with the probability `level`; no lower than where the network's range begins."

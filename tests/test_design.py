@@ -1,5 +1,6 @@
 "Which projection next: what was chosen does not depend on the order of the candidates, and is what brute force finds."
 import itertools
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dip_uq.data import Scan, simulate, walnut
-from dip_uq.design import GAINS, Design, at_angles, measured_already
+from dip_uq.design import GAINS, Design, at_angles, joined, measured_already
 from dip_uq.operators import LinearOperator
 from dip_uq.rays import fan_beam, parallel_beam, vector_beam
 
@@ -108,6 +109,7 @@ def test_few_samples_tell_no_more_than_they_know(gain, length, noise):
     def deviations(samples, progress=False): yield drawn
     posterior = SimpleNamespace(deviations=deviations, evidence=SimpleNamespace(noise_std=noise), lin=SimpleNamespace(recon=SimpleNamespace(image=drawn[0], scan=scan)))
     plan = Design(posterior, A, gain, samples=200)
+    plan.samples = 1  # however few are left
     for view, rows in enumerate(torch.tensor(A.matrix.toarray()).view(5, 24, -1)):
         C, left = rows @ S @ rows.T, after(S, rows, noise)
         exact = dict(error=C.trace() / 24, information=torch.logdet(torch.eye(24).double() + C / noise**2) / 2, variance=(S - left).trace() / n**2)[gain]
@@ -120,6 +122,9 @@ def test_few_samples_tell_no_more_than_they_know(gain, length, noise):
     plan = Design(posterior, A, gain, samples=200, noise_std=1e-3)
     with pytest.raises(ValueError, match="samples: 200 are too few"):
         for view in range(5): plan.measure(view)
+    plan = Design(posterior, A, gain, samples=200, noise_std=1e-3)
+    with pytest.warns(UserWarning, match="of 5 views were chosen: samples: 200 are too few"): chosen = plan.next(5)
+    assert 1 <= len(chosen) < 5
 
 
 def test_a_region_costs_and_noise_of_views():
@@ -167,3 +172,20 @@ def test_scanners_without_an_axis_are_refused():
     anything = LinearOperator((SIZE, SIZE), (3, BINS), lambda x: x, lambda y: y)
     for A in places, anything:
         with pytest.raises(ValueError, match="not of a scanner that turns"): at_angles(A, ANGLES)
+
+
+def test_scans_are_joined_with_all_that_is_known_of_them():
+    "Missing readings in one of them, noise of bins, counts; a campaign's new projections are not lost to a dead bin."
+    scan, part = (simulate(walnut(SIZE, 0), parallel_beam(a, (SIZE, SIZE), BINS), noise=0.05, seed=0) for a in (ANGLES[:3], ANGLES[3:5]))
+    part = replace(part, noise_std=scan.noise_std)
+    dead = torch.ones(BINS, dtype=torch.bool)
+    dead[4] = False
+    for pair in (scan, replace(part, valid=dead)), (replace(scan, valid=dead), part):
+        both = joined(*pair)
+        assert both.valid.dtype == torch.bool and both.valid.shape == (5, BINS)
+        assert int((~both.valid).sum()) == len(next(s for s in pair if s.valid is not None).measurement)
+    each = joined(replace(scan, noise_std=torch.linspace(0.1, 0.2, BINS)), part)
+    assert torch.equal(each.noise_std[:3], torch.linspace(0.1, 0.2, BINS).expand(3, -1)) and (each.noise_std[3:] == part.noise_std).all()
+    np.testing.assert_array_equal(each.operator.matrix.toarray(), parallel_beam(ANGLES[:5], (SIZE, SIZE), BINS).matrix.toarray())
+    with pytest.raises(ValueError, match="without weights"): joined(replace(scan, valid=dead).white, part)
+    with pytest.raises(TypeError, match="part is a Tensor; measure must return a Scan"): joined(scan, part.measurement)

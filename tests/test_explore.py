@@ -16,29 +16,32 @@ from dip_uq.files import save_tensors
 SIZE = 64
 
 
+def write(folder, shape, samples, seed):
+    "A result as `save` writes it, of noise; without error bars where there are no samples."
+    g = torch.Generator().manual_seed(seed)
+    image, std = torch.rand(shape, generator=g), 0.1 + torch.rand(shape, generator=g)
+    tensors, summary = dict(image=image), dict(name=folder.name, held_out=[1], psnr=None, doubts=[], unit="1/cm", unused_z_std=None)
+    if samples:
+        ends = {f"interval{level}": torch.stack([image - k * std, image + k * std]) for level, k in ((68, 1), (95, 2))}
+        tensors |= dict(std=std) | ends
+        summary |= dict(heldout_zstd=1.0, verdict="honest", doubts=["<b>angles</b> in radians?"], tenths=[0.5] * 5 + [2.0] * 5)
+        drawn = image + std * torch.randn(samples, *shape, generator=g)
+        drawn[:, 20:31, 10:21] += 2 * torch.randn(samples, 1, 1, generator=g)  # these go up and down together
+        np.savez(folder / "samples.npz", samples=drawn.numpy(), held_out_z=torch.randn(500, generator=g).numpy())
+    save_tensors(folder / "result.safetensors", tensors, summary)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    "Two results as `save` writes them, of one shape or not; the second without error bars."
-    g, made = torch.Generator().manual_seed(0), []
-    for name, shape in dict(first=(SIZE, SIZE), second=(SIZE // 2, SIZE)).items():
-        folder = tmp_path_factory.mktemp(name)
-        image, std = torch.rand(shape, generator=g), 0.1 + torch.rand(shape, generator=g)
-        half = torch.stack([image - std, image + std])
-        bars = dict(std=std, interval68=half, interval95=torch.stack([image - 2 * std, image + 2 * std]))
-        summary = dict(name=name, held_out=[1], psnr=None, doubts=[], unit="1/cm", unused_z_std=None)
-        if name == "first":
-            summary |= dict(heldout_zstd=1.0, verdict="honest", doubts=["<b>angles</b> in radians?"], tenths=[0.5] * 5 + [2.0] * 5)
-            drawn = image + std * torch.randn(64, *shape, generator=g)
-            drawn[:, 20:31, 10:21] += 2 * torch.randn(64, 1, 1, generator=g)  # these go up and down together
-            np.savez(folder / "samples.npz", samples=drawn.numpy(), held_out_z=torch.randn(500, generator=g).numpy())
-        save_tensors(folder / "result.safetensors", dict(image=image) | (bars if name == "first" else {}), summary)
-        made.append(folder)
-    return made
+    "Three results: one, one without error bars, and one of half the size with fewer samples."
+    cases = dict(first=((SIZE, SIZE), 64, 0), second=((SIZE // 2, SIZE), 0, 1), third=((SIZE // 2, SIZE // 2), 16, 2))
+    return [write(tmp_path_factory.mktemp(name, numbered=False), *case) for name, case in cases.items()]
 
 
 @pytest.fixture(scope="module")
 def page(folders):
-    "A browser that has opened both."
+    "A browser that has opened all."
     command = "dip_uq", "explore", *map(str, folders), "--port={port}", "--no-browser"
     with served(*command) as address, chromium(address) as browser:
         wait(lambda: find(browser, "body[data-ready]"), "the page is not ready", PATIENCE / 2)
@@ -63,10 +66,11 @@ def test_the_page_says_what_the_files_hold(page, folders):
     expect(page, f"row {SIZE // 2}, column {SIZE // 2}:", f"{first.images['image'][SIZE // 2, SIZE // 2]:.4g} ± ", "1/cm")
     assert "±" not in said(page)[1] and said(page)[1].startswith(f"row {SIZE // 4}, column {SIZE // 2}:")
     doubts = [e.text for e in find(page, ".doubt")]
-    assert doubts == ["Doubt: <b>angles</b> in radians?"]  # as text
+    assert doubts == ["Doubt: <b>angles</b> in radians?"] * 2  # as text
     image = first.images["image"]
     grey = np.array(pixels(page)).reshape(SIZE, SIZE, 4)[..., 0]
-    low, high = min(image.min(), Result.load(folders[1]).images["image"].min()), max(image.max(), Result.load(folders[1]).images["image"].max())
+    everything = np.concatenate([Result.load(folder).images["image"].ravel() for folder in folders])
+    low, high = everything.min(), everything.max()
     assert np.abs(grey - 255 * (image - low) / (high - low)).max() <= 1
     assert not errors(page)
 
@@ -100,6 +104,8 @@ def test_the_mouse_draws_a_rectangle_around_the_pixels_under_it(page, folders):
     expect(page, "rows 20–30, columns 10–20: mean")
     mean = Result.load(folders[0]).images["image"][20:31, 10:21].mean()
     expect(page, f"mean {mean:.4g} ± ")
+    wait(lambda: said(page)[2].startswith("rows 10–15, columns 5–10: mean"), f"not the same area: {said(page)}", 30)
+    assert said(page)[1].startswith("rows 10–15, columns 10–20: mean")  # of a result that is half as high
     map_ = np.array(pixels(page, 1)).reshape(SIZE, SIZE, 4)
     strong = map_[..., 0] < 200  # blue
     assert strong[20:31, 10:21].mean() > 0.95 > 0.05 > strong[40:].mean()  # white: what chance may do
@@ -119,6 +125,22 @@ def test_views_and_the_film(page):
     caption = find(page, "figcaption")[0]
     wait(lambda: f"sample {stopped} of 64" in caption.text, "the caption is another's", 30)
     assert play.get_attribute("aria-pressed") == "false" and not errors(page)
+    page.execute_script("arguments[0].value = 37; arguments[0].dispatchEvent(new Event('input'))", slider)
+    captions = find(page, ".stage:first-child ~ figcaption")
+    wait(lambda: "sample 37 of 64" in captions[0].text, "no sample 37", 30)
+    wait(lambda: any("sample 5 of 16" in c.text for c in captions), "fewer samples begin anew", 30)  # 37 − 2 · 16
+    assert not page.find_element(By.ID, "trouble").text
+
+
+@needs_chromium
+def test_oblong_images_fit_the_window(tmp_path):
+    "A hundred times as high as wide, and the other way round."
+    for name in "high", "flat": (tmp_path / name).mkdir()
+    command = "dip_uq", "explore", str(write(tmp_path / "high", (300, 3), 16, 0)), str(write(tmp_path / "flat", (3, 300), 16, 0))
+    with served(*command, "--port={port}", "--no-browser") as address, chromium(address) as browser:
+        wait(lambda: find(browser, "body[data-ready]"), "the page is not ready", PATIENCE / 2)
+        sizes = [(stage.rect["width"], stage.rect["height"]) for stage in find(browser, ".stage")]
+        assert all(30 <= height <= 900 for _, height in sizes), sizes
 
 
 def test_the_command_serves_until_it_is_interrupted(folders):
