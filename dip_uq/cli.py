@@ -40,11 +40,12 @@ from .doubts import ROOM, cramped, doubts, widened
 from .explore import explore
 from .files import check_folder, check_state, ends_by_interrupt, locked, remove_pieces, write_by, write_whole
 from .networks import UNet
-from .pipeline import ImageOnly, headline, solve, solve_image
+from .pipeline import ImageOnly, solve, solve_image
 from .plotting import Unfailing, tell
 from .posterior import Posterior
 from .pretraining import PHANTOMS, Pretrained, fan_scanner, fan_scanners, pretrain
 from .scans import _LENGTHS, import_fields, load_scan, preview
+from .scores import headline
 from .volumes import cluster, solve_volume, stack_of
 
 # %% ../nbs/35_cli.ipynb #707aafdd

@@ -222,7 +222,7 @@ def joined(scan: Scan, part: Scan) -> Scan:
         s.check_operator(replace(s, operator=scanner).fingerprint(), "the other scan, or one without weights,")
     for name in "poisson", "unit":
         if getattr(scan, name) != getattr(part, name):
-            raise ValueError(f"part.{name}: {getattr(part, name)!r}, but {getattr(scan, name)!r} before; join likes")
+            raise ValueError(f"part.{name}: {getattr(part, name)!r}, but {getattr(scan, name)!r} before; set it alike")
     def both(name):
         ours, theirs = values = [getattr(s, name) for s in (scan, part)]
         if not any(map(torch.is_tensor, values)) and ours == theirs: return ours

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ImageOnly', 'Solution', 'check_bars', 'too_long', 'check_fit', 'fitted', 'solve_image', 'solve', 'draw_images',
-           'outline', 'page', 'draw_report', 'draw_honesty', 'headline']
+           'outline', 'page', 'draw_report', 'draw_blind', 'draw_honesty']
 
 # %% ../nbs/29_pipeline.ipynb #30acd72a
 import json
@@ -43,7 +43,7 @@ from .networks import UNet, seeded
 from .plotting import sections, show_image, small_text, tell
 from .posterior import Posterior
 from .rays import field_of_view
-from .scores import draw_calibration, draw_error_against_std, miscalibration, reliability
+from .scores import draw_calibration, draw_error_against_std, headline, miscalibration, reliability
 from .variation import psnr, tv_reconstruction
 
 # %% ../nbs/29_pipeline.ipynb #55e9afa0
@@ -413,20 +413,33 @@ def page(rows: int, columns: int, s: ImageOnly) -> tuple[Figure, np.ndarray]: # 
     return fig, axes
 
 def draw_report(s: Solution) -> Figure:
-    "Images on top, honesty of the error bars below (pixels of the field of view); without truth, held-out rays alone."
+    "Images on top, honesty of the error bars below (pixels of the field of view); without truth, samples and a row."
     fig, axes = page(3, 3, s)
     unit, truth, std = s.scan.unit or "a.u.", s.scan.truth, s.std.cpu()
     draw_images([*axes[0], axes[1, 0], axes[2, 0]], s)
     show_image(axes[1, 1], sections(std), "standard deviation", unit, 0, float(std.max()), "magma")
     outline(axes[1, 1], s)
-    for ax in (axes[1, 2], axes[2, 1]): ax.set_visible(truth is not None)
-    if truth is not None:
+    if truth is None: draw_blind([axes[0, 0], axes[1, 2], axes[2, 1]], s)
+    else:
         error, seen = (s.image - truth).abs().cpu(), s.judged
         show_image(axes[1, 2], sections(error), "|error|", unit, 0, float(std.max()), cmap="magma")
         draws = torch.cat(list(s.posterior.deviations(64))).cpu()
         draw_error_against_std(axes[2, 1], error[seen], std[seen], unit, draws[:, seen])
     draw_honesty(axes[2, 2], s)
     return fig
+
+def draw_blind(axes: Sequence[plt.Axes], s: Solution) -> None: # three axes
+    "Where there is no truth to show: two images that the posterior thinks possible, and a row of the image, with bars."
+    middle = tuple(n // 2 for n in s.image.shape[:-1])
+    row, low, high = (x[middle].cpu() for x in (s.image, *s.interval()))
+    look = s.scan.unit or "a.u.", float(s.image.min()), float(s.image.max())
+    for ax, x in zip(axes, s.posterior.sample(2)):
+        ax.set_axis_on()
+        show_image(ax, sections(x.cpu()), "posterior sample", *look)
+    axes[2].fill_between(range(len(row)), low, high, alpha=0.3, lw=0)
+    axes[2].plot(row)
+    axes[2].set(title=f"row {middle[-1]}, and 95 % intervals", xlabel="column", box_aspect=1)
+    small_text(axes[2])
 
 def draw_honesty(ax: plt.Axes, s: Solution) -> None:
     "`draw_calibration` of pixels (with truth), and of held-out rays."
@@ -435,21 +448,3 @@ def draw_honesty(ax: plt.Axes, s: Solution) -> None:
         error, std, raw = (v.cpu()[s.judged] for v in (s.image - s.scan.truth, s.std, s.raw_std))
         curves |= {"pixels": (error, std)} | ({} if s.check.correction == 1 else {"pixels, raw": (error, raw)})
     draw_calibration(ax, curves)
-
-def headline(summary: dict) -> str:
-    "The figures that matter most: the scan and its held-out rays, then scores of all pixels and of the field of view."
-    bars = "heldout_zstd" in summary
-    lines = [f"{summary['name']}  ·  {len(summary['held_out'])} of the projections held out" +
-             (f", z-std of their rays {summary['heldout_zstd']:.2f}" if bars else "")]
-    if bars:
-        unused = summary["unused_z_std"]
-        lines[0] += ("" if unused is None else f", of unused ones {unused:.2f}") + f"  ·  bars: {summary['verdict']}"
-    if summary["psnr"] is not None:
-        for where, scores in (("all pixels", summary), ("field of view", summary["field_of_view"])):
-            if scores is None: continue
-            others = dict(TV=scores["psnr_tv"], FBP=scores["psnr_fbp"])
-            usual = "".join(f", {name} {value:.1f}" for name, value in others.items() if value is not None)
-            said = "  ·  z-std {zstd:.2f}  ·  coverage of 95 % intervals {coverage95:.2f}" * bars
-            if bars and scores["miscalibration"] is not None: said += "  ·  miscalibration {miscalibration:.2f}"
-            lines.append(f"{where}  ·  PSNR {scores['psnr']:.1f} dB{usual}" + said.format(**scores))
-    return "\n".join(lines)

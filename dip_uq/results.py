@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from .files import load_tensors
-from .pipeline import ImageOnly, Solution, headline
+from .pipeline import ImageOnly, Solution
+from .scores import headline
 
 # %% ../nbs/32_results.ipynb #e8800006
 @dataclass(frozen=True)

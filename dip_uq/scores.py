@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['crps', 'sparsification', 'ause', 'reliability', 'miscalibration', 'energy_score', 'patches_of',
-           'patch_log_likelihood', 'conformal_factor', 'draw_error_against_std', 'draw_calibration']
+           'patch_log_likelihood', 'conformal_factor', 'draw_error_against_std', 'draw_calibration', 'headline']
 
 # %% ../nbs/26_scores.ipynb #e5c00002
 import math
@@ -139,3 +139,22 @@ def draw_calibration(ax: plt.Axes, curves: Mapping[str, tuple[Tensor, Tensor]]) 
     ax.set(title="calibration", xlabel="nominal level", ylabel="coverage", xlim=(0, 1), ylim=(0, 1), box_aspect=1)
     ax.legend(fontsize=7, loc="upper left")
     small_text(ax)
+
+# %% ../nbs/26_scores.ipynb #e5c1f002
+def headline(summary: dict) -> str:
+    "The figures that matter most: the scan and its held-out rays, then scores of all pixels and of the field of view."
+    bars = "heldout_zstd" in summary
+    lines = [f"{summary['name']}  ·  {len(summary['held_out'])} of the projections held out" +
+             (f", z-std of their rays {summary['heldout_zstd']:.2f}" if bars else "")]
+    if bars:
+        unused = summary["unused_z_std"]
+        lines[0] += ("" if unused is None else f", of unused ones {unused:.2f}") + f"  ·  bars: {summary['verdict']}"
+    if summary["psnr"] is not None:
+        for where, scores in (("all pixels", summary), ("field of view", summary["field_of_view"])):
+            if scores is None: continue
+            others = dict(TV=scores["psnr_tv"], FBP=scores["psnr_fbp"])
+            usual = "".join(f", {name} {value:.1f}" for name, value in others.items() if value is not None)
+            said = "  ·  z-std {zstd:.2f}  ·  coverage of 95 % intervals {coverage95:.2f}" * bars
+            if bars and scores["miscalibration"] is not None: said += "  ·  miscalibration {miscalibration:.2f}"
+            lines.append(f"{where}  ·  PSNR {scores['psnr']:.1f} dB{usual}" + said.format(**scores))
+    return "\n".join(lines)

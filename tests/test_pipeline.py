@@ -18,10 +18,11 @@ from dip_uq.doubts import doubts, negative_range, noise_excess
 from dip_uq.linearization import Linearization
 from dip_uq.networks import UNet
 from dip_uq.operators import as_operator, blur, fourier, mask
-from dip_uq.pipeline import headline, solve, solve_image
+from dip_uq.pipeline import solve, solve_image
 from dip_uq.posterior import Posterior
 from dip_uq.rays import Geometry, fan_beam, parallel_beam, vector_beam
 from dip_uq.scans import load_htc2022, load_scan, save_scan
+from dip_uq.scores import headline
 from dip_uq.variation import psnr
 
 FILES = {"posterior.safetensors", "result.safetensors", "summary.json", "image.tif", "std.tif", "interval68.tif", "interval95.tif", "samples.npz",
