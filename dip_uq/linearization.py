@@ -40,7 +40,7 @@ def convolutions(net: nn.Module) -> dict[str, nn.Module]:
     for name, m in layers.items():
         if not is_plain(m):
             raise ValueError(f"net: layer {name!r} is {m}; only Conv2d and Conv3d with groups=1, dilation=1 and zero "
-                             "padding by a number, with PyTorch's forward, can be linearised: build the network of such")
+                             "padding by a number, with PyTorch's forward, can be linearised: build the net of such")
     check_parameters(net, layers)
     if not layers: raise ValueError(f"net: {type(net).__name__} has no convolution, so there is nothing to linearise")
     return layers

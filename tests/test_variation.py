@@ -4,7 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dip_uq.data import simulate, walnut
@@ -20,6 +20,7 @@ SCAN = simulate(walnut(24, 1), A, noise=0.05, seed=1)
 
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 10**6), weight=st.floats(0.1, 3), lowest=st.sampled_from([0.0, -np.inf, 0.1]))
+@example(seed=249, weight=0.125, lowest=-np.inf)  # where steps that are rebalanced for ever go round in circles
 def test_nothing_near_the_flattest_image_is_better(seed, weight, lowest):
     "The function is convex: what no small step lowers is the minimum. Steps along single pixels, regions and random images."
     rng = np.random.default_rng(seed)
@@ -30,7 +31,7 @@ def test_nothing_near_the_flattest_image_is_better(seed, weight, lowest):
     steps = [*torch.eye(30, dtype=torch.float64).view(30, 5, 6), *torch.from_numpy(rng.normal(size=(10, 5, 6))),
              *(torch.from_numpy(rng.random((10, 5, 6)) < 0.5)).double()]
     for step in steps:
-        for size in (1e-3, -1e-3, 0.1, -0.1): assert value((x + size * step).clamp(min=lowest)) > (1 - 1e-4) * value(x)
+        for size in (1e-3, -1e-3, 0.1, -0.1): assert value((x + size * step).clamp(min=lowest)) > (1 - 1e-6) * value(x)
 
 
 @pytest.mark.parametrize("factor", [2.0**-60, 2.0**40])
