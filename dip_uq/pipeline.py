@@ -214,9 +214,12 @@ class Solution(ImageOnly):
 
     @property
     def verdict(self) -> str:
-        "Are these error bars honest, too short, or cannot rays tell? Unused ones decide, where they can."
+        """Are these error bars honest, too short, or cannot rays tell? Unused ones decide, where they can.
+
+        Held-out ones cannot where the fit does not meet the noise that the scan claims: what it leaves counts as noise.
+        """
         if self.unused and self.unused.sees: return self.unused.verdict
-        if not self.check.sees: return "cannot tell"
+        if not self.check.sees or (self.fit_rms_over_noise or 0.0) > BELIEVED: return "cannot tell"
         return "honest" if self.check.z_std < 2 else "too short" # what is less has been corrected
 
     @cached_property
