@@ -14,7 +14,6 @@ import resource
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from time import process_time
 
 import numpy as np
@@ -22,7 +21,7 @@ import torch
 from common import Lines, arguments, print_table, some
 from skimage.metrics import structural_similarity
 
-from dip_uq.baselines import Forecast, ensemble, langevin, mc_dropout, pixel_prior
+from dip_uq.baselines import ensemble, langevin, mc_dropout, pixel_prior
 from dip_uq.calibration import coverage, log_likelihood, z_std
 from dip_uq.data import simulate, walnut
 from dip_uq.dip import reconstruct

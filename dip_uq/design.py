@@ -217,7 +217,8 @@ def joined(scan: Scan, part: Scan) -> Scan:
     """
     if not isinstance(part, Scan): raise TypeError(f"part is a {type(part).__name__}; measure must return a Scan")
     operators: list[Any] = [scan.operator, part.operator]
-    scanners = [at_angles(scan.operator, getattr(A, "geometry").angles) for A in operators]
+    for A in operators: at_angles(A, np.zeros(1)) # ValueError where it has no angles
+    scanners = [at_angles(scan.operator, A.geometry.angles) for A in operators]
     for s, scanner in zip((scan, part), scanners):
         s.check_operator(replace(s, operator=scanner).fingerprint(), "the other scan, or one without weights,")
     for name in "poisson", "unit":
@@ -234,6 +235,7 @@ def joined(scan: Scan, part: Scan) -> Scan:
     return replace(scan, measurement=torch.cat([scan.measurement, part.measurement]), held_out=(),
                    operator=at_angles(scan.operator, np.concatenate([s.angles for s in scanners])), **fields)
 
+# %% ../nbs/28_design.ipynb #2d51000e7
 def without_fit(mean: Tensor, # (H, W), of the posterior
                 deviations: Tensor, # (samples, H, W), of the same, those that `plan` was made of
                 plan: Design, # as made; it stays as it is
@@ -263,6 +265,7 @@ def without_fit(mean: Tensor, # (H, W), of the posterior
         plan.measure(view)
     return mean, F.norm(dim=-1), plan
 
+# %% ../nbs/28_design.ipynb #2d51000e8
 class Round(NamedTuple):
     "One time round of a `campaign`."
     scan: Scan # all that was measured until now
@@ -287,10 +290,10 @@ def campaign(scan: Scan, # a first one, of few projections
     """
     angles, batch, most = np.asarray(angles, float), _whole("batch", batch), _whole("most", most)
     until = _positive("until", until, zero=True)
-    at_angles(scan.operator, angles)
+    candidates = at_angles(scan.operator, angles)
     while True:
         posterior = posterior_of(scan)
-        plan, room = Design(posterior, at_angles(scan.operator, angles), **options), most - len(scan.measurement)
+        plan, room = Design(posterior, candidates, **options), most - len(scan.measurement)
         error, chosen = plan.error, plan.next(min(batch, room), until) if room > 0 else []
         yield Round(scan, posterior, error, chosen)
         if not chosen: return

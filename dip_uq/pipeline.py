@@ -293,7 +293,8 @@ class Solution(ImageOnly):
 
         Each file appears whole or not at all, the picture last; one that cannot be drawn is a warning.
         """
-        self.posterior.save((folder := Path(folder)) / "posterior.safetensors")
+        folder = Path(folder)
+        self.posterior.save(folder / "posterior.safetensors")
         self.save_figures(folder)
         drawn: Any = {name: x.cpu().numpy() for name, x in self.draws(progress).items()}
         write_by(folder / "samples.npz", lambda f: np.savez(f, **drawn))
@@ -372,7 +373,8 @@ def solve(scan: Scan, # what was measured
     seconds |= evidence.seconds
     with stage("the error bars", kept, seconds, "posterior"):
         check = check_held_out(evidence)
-        met = (claimed := gaussian(recon.scan, recon.image).level) and fitted_noise(lin) <= claimed # else unknown noise
+        claimed = gaussian(recon.scan, recon.image).level
+        met = claimed and fitted_noise(lin) <= claimed # otherwise nobody knows the noise
         for share in dict.fromkeys((1.0 if met else check.agreement, 0.0)):
             posterior = Posterior(evidence, check.correction, share)
             std = (posterior.sampled_std(samples, recon.settings["seed"], progress) if samples
@@ -441,7 +443,7 @@ def draw_blind(axes: Sequence[plt.Axes], s: Solution) -> None: # three axes
         show_image(ax, sections(x.cpu()), "posterior sample", *look)
     axes[2].fill_between(range(len(row)), low, high, alpha=0.3, lw=0)
     axes[2].plot(row)
-    axes[2].set(title=f"row {middle[-1]}, and 95 % intervals", xlabel="column", box_aspect=1)
+    axes[2].set(title=f"row {middle[-1]}, and 95 % intervals", xlabel="column", ylabel=look[0], box_aspect=1)
     small_text(axes[2])
 
 def draw_honesty(ax: plt.Axes, s: Solution) -> None:
