@@ -1,33 +1,34 @@
-"""Stacks of slices: what neighbours are worth, what workers are worth, and how many tasks a scheduler hands out.
+"""Volumes: what neighbours and workers are worth to a stack, how many tasks a scheduler hands out, and true cone beams.
 
-    python benchmarks/volumes.py --out volumes.json [--cases stack48 stack64 scheduler] [--slices 8] [--every 1 4] [--workers 1 2]
+    python benchmarks/volumes.py --out volumes.json [--cases stack48 stack64 scheduler cone24 cone48 cone64] [--slices 8]
+                                 [--every 1 4] [--workers 1 2] [--seeds 0 1 2] [--starts educated fresh] [--iterations 200 2000]
 
 stack…      consecutive slices from the middle of a nut of 48³ or 64³ voxels, 30 parallel projections, 5 % noise, 2,000 steps
 scheduler   10,000 tasks that do nothing, on threads of this process
+cone…       a nut of 24³, 48³ or 64³ voxels by 20 views of a cone beam, a third more bins than voxels on a side, 5 % noise: `solve` by
+            the network for volumes, educated or from fresh weights, beside FDK and the best of 14 weights of TV, chosen by the truth.
+            Each is a process of its own, so that its peak of memory is its own.
 """
 import json
+import math
+import subprocess
+import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from time import perf_counter
+from time import perf_counter, process_time
 
 import numpy as np
 import torch
 from common import arguments, some, timed, write
 
 from dip_uq.data import simulate
-from dip_uq.files import versions
+from dip_uq.files import peak_memory_mb, versions
 from dip_uq.networks import UNet
+from dip_uq.pipeline import solve
+from dip_uq.pretraining import Pretrained, cone_scanner, nut
 from dip_uq.rays import parallel_beam
+from dip_uq.variation import flattest, linear, psnr
 from dip_uq.volumes import solve_volume
-
-
-def nut(n):
-    "Shell, gap, septum, kernel with a hole, air: (n, n, n)."
-    z, y, x = np.meshgrid(*[np.linspace(-1, 1, n)] * 3, indexing="ij")
-    radius = np.sqrt((x / 0.8)**2 + (y / 0.85)**2 + (z / 0.9)**2) * (1 + 0.06 * np.sin(5 * np.arctan2(y, x)))
-    image = np.select([radius >= 1, radius >= 0.82, radius >= 0.74, abs(x + 0.2 * y) < 0.06], [0, 1, 0.1, 0.1], 0.6)
-    image[(x - 0.3)**2 + (y - 0.2)**2 + (z + 0.1)**2 < 0.02] = 0
-    return torch.from_numpy(image).float()
 
 
 def stack(size, slices, every, workers):
@@ -57,13 +58,43 @@ def scheduler(tasks=10_000):
     return dict(tasks=tasks, seconds_to_submit=handed, tasks_per_second=tasks / seconds)
 
 
+def best_tv(scan, weights=14):
+    "The best PSNR of total variation, which no one has who does not know the truth."
+    scan = linear(scan)
+    top = 0.3 * float(scan.operator.T(scan.measurement).abs().max())
+    return max(psnr(x, scan.truth) for x in flattest(scan.operator, scan.measurement, (top / 2**k for k in range(weights))))
+
+
+def cone(size, seed, start, iterations):
+    scan, taught = simulate(nut(size, seed), cone_scanner(size), noise=0.05, seed=seed), Pretrained.load(dims=3)
+    options = taught.options if start == "educated" else {}
+    began = process_time()
+    s = solve(scan, taught.net, **options | dict(iterations=iterations), seed=seed)
+    cpu, memory, found = process_time() - began, peak_memory_mb(), s.summary()
+    return dict(seconds=s.seconds, cpu_seconds=cpu, peak_memory_mb=memory, psnr_fdk=found["psnr_fbp"], psnr_tv=best_tv(scan),
+                psnr_tv_heldout=found["psnr_tv"], rays=found["d_y"], kept=found["evidence"]["rays"], voxels=found["d_x"],
+                **{k: found[k] for k in ("psnr", "psnr_dip", "ssim", "zstd", "coverage95", "log_likelihood", "miscalibration", "heldout_zstd",
+                                         "verdict", "doubts", "parameters")})
+
+
+def apart(*case):
+    "What `cone` finds, in a process of its own."
+    code = f"import json, volumes; print('found', json.dumps(volumes.cone(*{case!r})))"
+    told = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True, check=True).stdout
+    return json.loads(told.rpartition("found ")[2])
+
+
 def main():
-    args = arguments(__doc__, cases=some(["stack48", "stack64", "scheduler"]), slices=8, every=[1, 4], workers=[1, 2])
+    args = arguments(__doc__, cases=some(["stack48", "stack64", "scheduler", "cone24", "cone48", "cone64"]), slices=8, every=[1, 4],
+                     workers=[1, 2], seeds=[0, 1, 2], starts=some(["educated", "fresh"]), iterations=[200, 2000])
     found = json.loads(args.out.read_text()) if args.out.exists() else {}
     for case in args.cases:
-        size = case.removeprefix("stack")
-        if size == case: works = {case: scheduler}
-        else: works = {f"{case}, every {e}, {w} workers": lambda e=e, w=w: stack(int(size), args.slices, e, w) for e in args.every for w in args.workers}
+        size = int("".join(filter(str.isdigit, case)) or 0)
+        if case == "scheduler": works = {case: scheduler}
+        elif case.startswith("stack"):
+            works = {f"{case}, every {e}, {w} workers": lambda e=e, w=w: stack(size, args.slices, e, w) for e in args.every for w in args.workers}
+        else: works = {f"{case}, {start}, {i} steps, nut {seed}": lambda seed=seed, start=start, i=i: apart(size, seed, start, i)
+                       for seed in args.seeds for start, i in zip(args.starts, args.iterations)}
         for name, work in works.items():
             if name in found: continue
             found[name] = dict(versions=versions()) | work()

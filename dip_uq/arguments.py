@@ -139,8 +139,11 @@ def parser() -> argparse.ArgumentParser:
                                 description="Teach a U-Net on synthetic fan-beam scans of 15 to 60 projections. "
                                             "Interrupted, the same command goes on.")
     teach.add_argument("--out", type=Path, required=True, metavar="FILE", help="for the weights, as safetensors")
-    teach.add_argument("--phantoms", nargs="+", choices=PHANTOMS, metavar="KIND",
+    kinds = teach.add_mutually_exclusive_group()
+    kinds.add_argument("--phantoms", nargs="+", choices=PHANTOMS, metavar="KIND",
                        help="kinds of images, of %(choices)s (default: all)")
+    kinds.add_argument("--volumes", action="store_true", help="ellipsoids in space, by cone beams of 10 to 30 views; "
+                       "take --size 32 and --channels 8")
     for p, size, iterations, scales, channels in ((demo, 96, 1200, 4, 16), (file, None, STEPS, 5, 32),
                                                   (add_volume(commands), None, STEPS, 5, 32),
                                                   (teach, 64, 20_000, 4, 16)):

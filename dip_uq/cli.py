@@ -43,7 +43,8 @@ from .networks import UNet
 from .pipeline import ImageOnly, solve, solve_image
 from .plotting import Unfailing, tell
 from .posterior import Posterior
-from .pretraining import PHANTOMS, Pretrained, fan_scanner, fan_scanners, pretrain
+from .pretraining import (PHANTOMS, Pretrained, cone_scanners, ellipsoids, fan_scanner, fan_scanners,
+                                pretrain)
 from .scans import _LENGTHS, import_fields, load_scan, preview
 from .scores import headline
 from .volumes import cluster, solve_volume, stack_of
@@ -181,8 +182,9 @@ def run_pretrain(args: argparse.Namespace) -> Pretrained:
     iterations, size = args.usual if args.iterations is None else args.iterations, _whole("--size", args.size)
     state = state_of(args)
     phantoms = [p for p in PHANTOMS if not args.phantoms or p.__name__ in args.phantoms]
-    taught = pretrain(fan_scanners(size), UNet(args.scales, args.channels), iterations=iterations, seed=args.seed,
-                      resume=state, progress=not args.quiet, phantoms=phantoms)
+    scanners, phantoms, dims = (cone_scanners, [ellipsoids], 3) if args.volumes else (fan_scanners, phantoms, 2)
+    taught = pretrain(scanners(size), UNet(args.scales, args.channels, dims=dims), iterations=iterations,
+                      seed=args.seed, resume=state, progress=not args.quiet, phantoms=phantoms)
     if taught.card["stopped"] == "interrupted": raise KeyboardInterrupt
     taught.save(args.out)
     if taught.card["steps"] == iterations: state.unlink(missing_ok=True)

@@ -48,10 +48,11 @@ canvas { image-rendering: pixelated; cursor: crosshair; min-height: 60px }
 <label><input type="radio" name="tool" value="pixel" checked> pixel</label>
 <label><input type="radio" name="tool" value="rectangle"> rectangle</label>
 <label><input type="radio" name="tool" value="line"> line</label></fieldset>
+<label id="depth">slice <input id="slice" type="range" min="0" max="0" value="0"></label>
 <label>show <select id="view"></select></label>
 <label>sample <input id="sample" type="range" min="0" max="0" value="0"></label>
 <button id="play" aria-pressed="false">play the samples</button>
-<span>Arrow keys move what is chosen in an image, with Shift its other end.</span>
+<span>Arrow keys move what is chosen in an image, with Shift its other end; Page Up and Page Down go through a volume.</span>
 </div>
 <div id="trouble" role="alert"></div>
 <div id="results"></div>
@@ -66,7 +67,7 @@ const NAMES = {image: "image", std: "standard deviation", low95: "95 %: from", h
 const GREY = [[0, 0, 0], [255, 255, 255]];
 const MAGMA = [[0, 0, 4], [59, 15, 112], [140, 41, 129], [222, 73, 104], [254, 159, 109], [252, 253, 191]];
 const RED_BLUE = [[178, 24, 43], [244, 165, 130], [247, 247, 247], [146, 197, 222], [33, 102, 172]];
-const chosen = {tool: "pixel", a: [0, 0], b: [0, 0]};  // row and column in the first result, from 0
+const chosen = {tool: "pixel", slice: 0, a: [0, 0], b: [0, 0]};  // row and column in the first result, from 0
 const panels = [];
 const by = id => document.getElementById(id);
 const clamp = (x, low, high) => Math.min(Math.max(x, low), high);
@@ -100,10 +101,8 @@ async function asked(path) {
   return response;
 }
 
-async function shared(name) {  // from where to where the grey values of all results go, so that they can be compared
-  const having = panels.filter(p => name === "image" || p.bars);
-  return ends((await Promise.all(having.map(p => p.array(name).then(ends)))).flat());
-}
+// from where to where the grey values of all results go, so that they can be compared
+const shared = name => ends(panels.flatMap(p => p.ranges[name] ?? []));
 """
 
 # %% ../nbs/33_explore.ipynb #e8900021
@@ -136,10 +135,12 @@ PANEL = """class Panel {  // one result
     return {figure, stage, canvas, over, caption};
   }
 
+  get slice() { return Math.floor((chosen.slice + .5) * this.slices / panels[0].slices); }
+
   async array(name) {
-    const load = () => asked(`array/${this.number}/${name}`).then(r => r.arrayBuffer()).then(b => new Float32Array(b));
-    const forget = e => { delete this.kept[name]; throw e; };
-    return this.kept[name] ??= load().catch(forget);
+    const key = `${this.slice}/${name}`, forget = e => { delete this.kept[key]; throw e; };
+    const load = () => asked(`array/${this.number}/${key}`).then(r => r.arrayBuffer()).then(b => new Float32Array(b));
+    return this.kept[key] ??= load().catch(forget);
   }
 
   place() {  // from where to where, ends included, in pixels of this result: the same area as in the first
@@ -159,11 +160,12 @@ PANEL = """class Panel {  // one result
   async show() {
     const view = this.bars ? by("view").value : "image", number = by("sample").value % (this.samples || 1);
     const name = view === "sample" ? `sample${number}` : view;
-    const values = await this.array(name), [low, high] = await shared(view === "std" ? "std" : "image");
+    const values = await this.array(name), [low, high] = shared(view === "std" ? "std" : "image");
     const range = view === "std" ? [0, high] : [low, high];
     paint(this.main.canvas, values, range, view === "std" ? MAGMA : GREY);
     const title = view === "sample" ? `sample ${number} of ${this.samples}` : NAMES[view];
-    this.main.caption.textContent = `${title}, from ${written(range[0])} to ${written(range[1])} ${this.unit}`;
+    const deep = this.slices > 1 ? `, slice ${this.slice} of ${this.slices}` : "";
+    this.main.caption.textContent = `${title}${deep}, from ${written(range[0])} to ${written(range[1])} ${this.unit}`;
   }
 
   async choose() {
@@ -175,7 +177,7 @@ PANEL = """class Panel {  // one result
       else made("rect", over, {class: "mark", x: left, y: top, width: right - left + 1, height: bottom - top + 1});
     }
     await this.draw(line ? [a, b] : [[a[0], 0], [a[0], this.width - 1]]);
-    const where = [top, left, bottom, right].join("/");
+    const where = [this.slice, top, left, bottom, right].join("/");
     const {what, words} = await asked(`region/${this.number}/${where}`).then(r => r.json());
     if (this.bars) {
       const map = await asked(`correlation/${this.number}/${where}`).then(r => r.arrayBuffer());
@@ -264,6 +266,8 @@ CONTROLS = """function listen(panel, stage, canvas) {
     update();
   });
   stage.addEventListener("keydown", event => {
+    const deeper = {PageUp: 1, PageDown: -1}[event.key];
+    if (deeper && first().slices > 1) { event.preventDefault(); turn(chosen.slice + deeper); return; }
     const step = {ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1]}[event.key];
     if (!step) return;
     event.preventDefault();
@@ -289,12 +293,22 @@ function latest(work) {  // of what is wanted while it works, only the last is d
 
 const update = latest(p => p.choose()), show = latest(p => p.show());
 
+function turn(slice) {  // to another one
+  chosen.slice = by("slice").value = clamp(slice, 0, panels[0].slices - 1);
+  show();
+  update();
+}
+
 async function begin() {
   (await asked("results").then(r => r.json())).forEach((about, i) => panels.push(new Panel(about, i)));
   const bars = panels.some(p => p.bars), first = panels[0];
   for (const [value, name] of Object.entries(NAMES))
     if (bars || value === "image") made("option", by("view"), {value}, name);
   by("sample").max = Math.max(0, ...panels.map(p => p.samples - 1));
+  by("slice").max = first.slices - 1;
+  by("depth").hidden = first.slices === 1;
+  chosen.slice = by("slice").value = first.slices >> 1;
+  by("slice").addEventListener("input", () => turn(+by("slice").value));
   chosen.a = chosen.b = [first.height >> 1, first.width >> 1];
   by("play").disabled = by("sample").disabled = !bars;
   for (const e of document.querySelectorAll("[name=tool]"))
@@ -331,10 +345,11 @@ def answer(results: list[Result], path: str) -> tuple[str, bytes] | None: # its 
             case [""]: return "text/html; charset=utf-8", PAGE.encode()
             case ["script.js"]: return "text/javascript; charset=utf-8", SCRIPT.encode()
             case ["results"]: found: Any = [about(result) for result in results]
-            case ["array", number, name]: found = results[int(number)].array(name)
-            case ["region", number, *where]: found = region(results[int(number)], *map(int, where))
-            case ["correlation", number, *where] if len(results[int(number)].samples):
-                found = results[int(number)].correlation(*map(int, where))
+            case ["array", number, level, name]: found = results[int(number)].slices[int(level)].array(name)
+            case ["region", number, level, *where]:
+                found = region(results[int(number)].slices[int(level)], *map(int, where))
+            case ["correlation", number, level, *where] if len(results[int(number)].samples):
+                found = results[int(number)].slices[int(level)].correlation(*map(int, where))
             case _: return None
     except (KeyError, IndexError, ValueError, TypeError): return None
     if isinstance(found, np.ndarray): return "application/octet-stream", found.astype("<f4").tobytes()
@@ -346,7 +361,7 @@ class Page:
     def __init__(self, results: list[Result],
                  port: int = 0, # 0: one that is free
                 ):
-        for result in results: about(result), result.root # what fails or takes time does it now
+        for result in results: about(result), result.slices[0].root # what fails or takes time does it now
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 ours = self.headers.get("Host", "").partition(":")[0] in ("127.0.0.1", "localhost") # no foreign name

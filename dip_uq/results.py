@@ -7,7 +7,7 @@ __all__ = ['Result', 'region', 'about']
 
 # %% ../nbs/32_results.ipynb #e8800003
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,11 @@ from .scores import headline
 class Result:
     "What a run found: all that can be told without scan and network."
     name: str
-    images: Mapping[str, np.ndarray] # (H, W) each: image; with error bars std, low68, high68, low95, high95
-    samples: np.ndarray # (n, H, W); none without error bars
+    images: Mapping[str, np.ndarray] # (H, W), or (D, H, W): image; with error bars std, low68, high68, low95, high95
+    samples: np.ndarray # (n, *image); none without error bars
     rays: Mapping[str, np.ndarray] # of whom → errors of rays in units of their bars, as first predicted
     summary: Mapping[str, Any]
+    slice: int | None = None # of a volume, from 0
 
     @classmethod
     def load(cls, folder: str | Path) -> "Result":
@@ -47,14 +48,14 @@ class Result:
     @classmethod
     def of(cls, solution: ImageOnly) -> "Result":
         "The same, of a solution that need not be saved."
-        draws = solution.draws() if isinstance(solution, Solution) and solution.image.ndim == 2 else {}
+        draws = solution.draws() if isinstance(solution, Solution) else {}
         return cls.made(solution.scan.name or "result", solution.tensors, draws, solution.summary())
 
     @classmethod
     def made(cls, name: str, tensors: Mapping[str, torch.Tensor], draws: Mapping, summary: Mapping) -> "Result":
         "Of the parts that `save` writes; ValueError where they are not whole, or do not belong together."
-        if (n := tensors["image"].ndim if "image" in tensors else 2) != 2:
-            raise ValueError(f"{name}: an image of {n} dimensions, but only those of two can be explored")
+        if (n := tensors["image"].ndim if "image" in tensors else 2) not in (2, 3):
+            raise ValueError(f"{name}: an image of {n} dimensions, but only those of two or three can be explored")
         try:
             images = dict(image=_plain(tensors["image"]))
             samples = np.zeros((0, *images["image"].shape), np.float32)
@@ -69,6 +70,13 @@ class Result:
         known = ("held-out rays", "held_out_z"), ("unused rays", "unused_z")
         rays = {words: np.asarray(draws[key]) for words, key in known if key in draws}
         return cls(name, images, samples, rays, summary)
+
+    @cached_property
+    def slices(self) -> "list[Result]":
+        "Each slice of a volume by itself; of an image, itself. What follows is asked of these."
+        if self.images["image"].ndim == 2: return [self]
+        return [replace(self, images={name: x[i] for name, x in self.images.items()}, samples=self.samples[:, i], slice=i)
+                for i in range(len(self.images["image"]))]
 
     @cached_property
     def root(self) -> np.ndarray: # D (n, H, W)
@@ -111,11 +119,13 @@ def _belong(name: str, images: Mapping[str, np.ndarray], samples: np.ndarray) ->
 def region(result: Result, top: int, left: int, bottom: int, right: int, # ends included
           ) -> dict[str, str]: # what it is; what is known
     "A pixel, with its error bar, or the mean of a rectangle, with that of the samples, in words."
-    height, width = result.images["image"].shape
+    *deep, height, width = result.images["image"].shape
+    if deep: raise ValueError(f"result: a volume of {deep[0]} slices; ask one of its `slices`")
     if not (0 <= top <= bottom < height and 0 <= left <= right < width):
         raise ValueError(f"region: {(top, left, bottom, right)} is not in an image of {(height, width)}")
     single = (top, left) == (bottom, right)
     what = f"row {top}, column {left}" if single else f"rows {top}–{bottom}, columns {left}–{right}"
+    if result.slice is not None: what = f"slice {result.slice}, {what}"
     mean = float(result.images["image"][top:bottom + 1, left:right + 1].mean())
     words = f"{what}: {'' if single else 'mean '}{mean:.4g}"
     if "std" not in result.images: return dict(what=what, words=f"{words} {result.unit}")
@@ -128,7 +138,7 @@ def region(result: Result, top: int, left: int, bottom: int, right: int, # ends 
 
 def about(result: Result) -> dict: # for JSON
     "What there is to know at a glance; ValueError for a summary of another version."
-    height, width = result.images["image"].shape
+    *_, height, width = result.images["image"].shape
     try: lines, doubts = headline(dict(result.summary)).split("\n"), list(result.summary["doubts"])
     except KeyError as e: raise ValueError(f"{result.name}: the summary has no {e}; save the result again") from e
     found: dict[str, dict] = {}
@@ -137,6 +147,7 @@ def about(result: Result) -> dict: # for JSON
         density = np.histogram(np.clip(z, -4, 4), np.linspace(-4, 4, 33))[0] / (max(len(z), 1) / 4)
         found[words] = dict(density=density.tolist(), z_std=float(np.sqrt(np.square(z).sum() / max(len(z), 1))))
     tenths = result.summary.get("tenths") or []
-    return dict(name=result.name, height=height, width=width, bars="std" in result.images, samples=len(result.samples),
+    ranges = {name: [float(x.min()), float(x.max())] for name, x in result.images.items()}
+    return dict(name=result.name, slices=len(result.slices), height=height, width=width, ranges=ranges, bars="std" in result.images, samples=len(result.samples),
                 unit=result.unit, lines=lines, doubts=doubts, rays=found,
                 tenths=tenths if tenths and np.isfinite(tenths).all() else None)

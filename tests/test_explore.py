@@ -26,7 +26,7 @@ def write(folder, shape, samples, seed):
         tensors |= dict(std=std) | ends
         summary |= dict(heldout_zstd=1.0, verdict="honest", doubts=["<b>angles</b> in radians?"], tenths=[0.5] * 5 + [2.0] * 5)
         drawn = image + std * torch.randn(samples, *shape, generator=g)
-        drawn[:, 20:31, 10:21] += 2 * torch.randn(samples, 1, 1, generator=g)  # these go up and down together
+        drawn[..., 20:31, 10:21] += 2 * torch.randn(samples, *[1] * len(shape), generator=g)  # these go up and down together
         np.savez(folder / "samples.npz", samples=drawn.numpy(), held_out_z=torch.randn(500, generator=g).numpy())
     save_tensors(folder / "result.safetensors", tensors, summary)
     return folder
@@ -143,6 +143,30 @@ def test_oblong_images_fit_the_window(tmp_path):
         assert all(30 <= height <= 900 for _, height in sizes), sizes
 
 
+@needs_chromium
+def test_a_volume_is_gone_through_slice_by_slice(tmp_path):
+    "By the slider and by keys; one of half the depth beside it shows the slice at the same place, and an image its only one."
+    for name in "fine", "coarse", "flat": (tmp_path / name).mkdir()
+    shapes = dict(fine=(8, 32, 32), coarse=(4, 32, 32), flat=(32, 32))
+    command = ["dip_uq", "explore", *(str(write(tmp_path / name, shape, 64, 3)) for name, shape in shapes.items())]
+    image = Result.load(tmp_path / "fine").images["image"]
+    with served(*command, "--port={port}", "--no-browser") as address, chromium(address) as browser:
+        wait(lambda: find(browser, "body[data-ready]"), "the page is not ready", PATIENCE / 2)
+        expect(browser, "slice 4, row 16, column 16: ", f"{image[4, 16, 16]:.4g} ± ")
+        browser.execute_script("const s = document.getElementById('slice'); s.value = 6; s.dispatchEvent(new Event('input'))")
+        expect(browser, "slice 6, ", f"{image[6, 16, 16]:.4g} ± ")
+        wait(lambda: said(browser)[1].startswith("slice 3, ") and said(browser)[2].startswith("row 16"), said(browser), 30)
+        stage = find(browser, ".stage")[0]
+        for key in "\ue00e", "\ue00e", "\ue00e", "\ue00f", "\ue00f": stage.send_keys(key)  # Page Up to the end, and down
+        expect(browser, "slice 5, ", f"{image[5, 16, 16]:.4g} ± ")
+        everything = np.concatenate([Result.load(tmp_path / name).images["image"].ravel() for name in shapes])
+        low, high = everything.min(), everything.max()
+        wait(lambda: "slice 5 of 8" in find(browser, "figcaption")[0].text, "the caption is another's", 30)
+        grey = np.array(pixels(browser)).reshape(32, 32, 4)[..., 0]
+        assert np.abs(grey - 255 * (image[5] - low) / (high - low)).max() <= 1
+        assert not errors(browser)
+
+
 def test_the_command_serves_until_it_is_interrupted(folders):
     "It says where, only this machine is answered, and Ctrl-C is how it ends, so no failure."
     command = [sys.executable, "-m", "dip_uq", "explore", str(folders[0]), "--no-browser"]
@@ -163,9 +187,9 @@ def test_large_images_are_answered_by_one_product():
     shared = torch.randn(64, 1, 1, generator=g)  # by which all pixels deviate alike
     draws = dict(samples=(image + shared).numpy())
     result = Result.made("large", dict(image=image, std=std, interval68=ends, interval95=ends), draws, dict(doubts=[], unit=""))
-    kind, body = answer([result], "/correlation/0/3/4/100/200")
+    kind, body = answer([result], "/correlation/0/0/3/4/100/200")
     assert (kind, len(body)) == ("application/octet-stream", 4 * 512**2)
     np.testing.assert_allclose(np.frombuffer(body, "<f4"), 1, atol=1e-4)  # all of them are wrong together
     expected = float(shared.square().mean())**0.5  # and averaging does not help
     assert result.deviation(3, 4, 100, 200)[1] == pytest.approx(expected, rel=1e-4)
-    assert json.loads(answer([result], "region/0/3/4/3/4")[1])["words"].startswith("row 3, column 4: ")
+    assert json.loads(answer([result], "region/0/0/3/4/3/4")[1])["words"].startswith("row 3, column 4: ")

@@ -19,11 +19,12 @@ from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
 from skimage.transform import downscale_local_mean, iradon
 
+from dip_uq.cone import cone_beam, vector_cone
 from dip_uq.data import Scan, simulate
 from dip_uq.fbp import _angle_shares, _counts, circular, fbp, has_fbp
 from dip_uq.operators import (LinearOperator, MatrixOperator, adjoint_error, as_operator, blur, cgls, downsample, fourier,
                               mask)
-from dip_uq.rays import fan_beam, parallel_beam, ray_matrix, vector_beam, vector_cone
+from dip_uq.rays import fan_beam, parallel_beam, ray_matrix, vector_beam
 
 coordinate = st.floats(-8, 8, allow_nan=False) | st.integers(-8, 8).map(float) | st.sampled_from([1e-12, -1e-12, 0.])
 sizes = st.floats(.25, 3) | st.just(1.)
@@ -704,6 +705,43 @@ def test_cones_are_refused_early():
                          (dict(source=np.array([[1., -2, 1]])), "the source of view 0 is inside the volume")):
         with pytest.raises(ValueError, match=re.escape(words)): cone(**wrong)
     with pytest.raises(ValueError, match="expected \\(D, H, W\\)"): vector_cone(source, detector, across, along, (5, 6), 7, 8)
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(st.integers(-6, 6), st.floats(-3, 3), st.booleans(), st.integers(0, 10**6))
+def test_in_the_plane_of_the_source_fdk_is_fbp(level, off, short, seed):
+    "Wherever the axis is, whichever slice the source turns in, over a full turn or just enough; rows are 1.5 slices apart on the axis."
+    rng = np.random.default_rng(seed)
+    turn = np.sort(rng.uniform(0, 4 if short else 2 * np.pi, 40))
+    plane = fan_beam(turn, (12, 14), 25, 1.4, 40., 20., (1.1, .9), centre=12 + off)
+    cone = cone_beam(turn, (15, 12, 14), 9, 25, (2.25 * .8, 1.4), 40., 20., (.8, 1.1, .9), centre=12 + off, heights=level * .8)
+    y = torch.from_numpy(rng.random((2, 40, 9, 25)))
+    assert (fbp(cone, y)[:, 7 + level] - fbp(plane, y[:, :, 4])).abs().max() < 1e-9 * fbp(plane, y[:, :, 4]).abs().max()
+
+
+def test_level_parallel_rays_are_slices():
+    "One row for each slice: FBP of each by itself. Rays that climb have none."
+    turn = np.arange(20) * np.pi / 20
+    way, u, up = (np.stack(v, 1) for v in ((-np.sin(turn), np.cos(turn), 0 * turn), (np.cos(turn), np.sin(turn), 0 * turn), (0 * turn, 0 * turn, 1 + 0 * turn)))
+    plane, y = parallel_beam(turn, (16, 16), 25), torch.rand(20, 5, 25, dtype=torch.float64)
+    def volume(way): return vector_cone(way, 0 * way, u, up, (5, 16, 16), 5, 25, cone=False)
+    for k in range(5): torch.testing.assert_close(fbp(volume(way), y)[k], fbp(plane, y[:, k]))
+    assert not has_fbp(volume(way + .01 * up))
+
+
+def test_cones_without_a_plane_have_no_fbp():
+    "A helix, a detector that leans, rows that rise, a source beside its circle: a hundredth of a bin is the limit."
+    turn = np.arange(30) / 30 * 2 * np.pi
+    g = cone_beam(turn, (4, 6, 6), 5, 9, 1.5, 40., 20.).geometry
+    def again(**other):
+        vectors = dict(source=g.source, detector=g.detector, across=g.across, along=g.along) | other
+        return vector_cone(**vectors, shape=(4, 6, 6), rows=5, bins=9)
+    rise = np.linspace(0, 1, 30)[:, None] * [0, 0, 1]
+    assert has_fbp(again()) and has_fbp(again(along=-g.along)) and has_fbp(again(source=g.source + .001 * rise))
+    for other in (dict(source=g.source + rise, detector=g.detector + rise), dict(along=g.along + .1 * g.across),
+                  dict(along=g.along + .05 * g.source / 40), dict(across=g.across + [0, 0, .1]), dict(source=g.source * 1.1 + [1, 0, 0])):
+        assert not has_fbp(again(**other)), other
+        with pytest.raises(ValueError, match="use cgls"): fbp(again(**other), torch.zeros(30, 5, 9))
 
 
 def test_a_volume_that_moves_with_its_scanner_reads_the_same():
