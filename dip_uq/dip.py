@@ -32,7 +32,7 @@ from .files import digest, keep_tensors, kept_tensors, load_tensors, named, save
 from .networks import NETWORKS, UNet, fresh, optimizer_tensors, restore_optimizer, seeded
 from .operators import blur, cgls
 from .plotting import bar, show_image
-from .variation import amplitude, image_range, psnr, total_variation
+from .variation import amplitude, image_range, psnr, total_variation, tv_reconstruction
 
 # %% ../nbs/12_dip.ipynb #ab8b9750
 def first_guess(scan: Scan, # only the readings that may be fitted are used
@@ -58,9 +58,10 @@ def first_guess(scan: Scan, # only the readings that may be fitted are used
                           dtype=torch.float32).to(rough), scale
     if start == "smooth": rough = blur(rough.shape, 4.0)(rough)
     if start == "fbp" and has_fbp(A): rough = fbp(A, y, "hann")
+    if start == "tv" and len(y) > 1: rough = tv_reconstruction(scan.training)[0]
     return (rough / scale)[None, None], scale
 
-STARTS = "noise", "cgls", "smooth", "fbp"
+STARTS = "noise", "cgls", "smooth", "fbp", "tv"
 
 # %% ../nbs/12_dip.ipynb #29c63866
 def picture(net: nn.Module, z: Tensor) -> Tensor: # z (1, channels, *image) → (*image)
