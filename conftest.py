@@ -21,7 +21,8 @@ from nbdev.config import get_config
 from dip_uq.formats import READERS
 from tools.execute import tidy
 
-multiprocessing.set_forkserver_preload(["dip_uq.cli"])  # so that processes which tests start need not import it
+# so that processes which tests start need not import them: the optimisers of PyTorch import its compiler
+multiprocessing.set_forkserver_preload(["dip_uq.cli", "torch._dynamo", "distributed", "zarr"])
 torch.set_num_threads(1)  # as in tools/execute.py: the same rounding, and small problems gain nothing from more
 NBS = Path(__file__).resolve().parent / "nbs"
 
