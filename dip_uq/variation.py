@@ -51,7 +51,7 @@ def flattest(A: LinearOperator, y: Tensor, weights: Iterable[float], lowest: flo
     x, y = y.new_zeros(A.domain_shape), y / unit # x in units of unit / size
     ahead, p = x, torch.zeros_like(y)
     walls = [x.new_zeros([n + (d == axis) for axis, n in enumerate(x.shape)]) for d in range(x.ndim)]
-    q = [w.narrow(d, 1, x.shape[d] - 1) for d, w in enumerate(walls)] # between neighbours; through the ends nothing flows
+    q = [w.narrow(d, 1, x.shape[d] - 1) for d, w in enumerate(walls)] # those between neighbours; the others stay 0
     before: list[Tensor] = []
     forward, backward = A._apply, A.T._apply # nobody wants derivatives of these products
     for weight in weights:
