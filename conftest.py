@@ -32,8 +32,9 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(items):
-    "What starts an app or builds the book comes first, so that no other worker takes over, and does so again."
-    items.sort(key=lambda item: item.path.stem not in ("test_browser", "test_docs"))
+    """What starts an app or builds the book comes first, so that no other worker takes over, and does so again; and what
+    takes longest, so that at the end no worker waits for another."""
+    items.sort(key=lambda item: item.path.stem not in ("test_browser", "test_docs", "test_volumes"))
 
 
 def pytest_collect_file(file_path, parent):
