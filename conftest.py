@@ -1,4 +1,5 @@
 """pytest runs every notebook of nbs/ as one test, by nbdev's own rules and in this process."""
+import gc
 import multiprocessing
 import os
 import random
@@ -40,6 +41,11 @@ def pytest_collection_modifyitems(items):
 def pytest_collect_file(file_path, parent):
     if file_path.suffix == ".ipynb" and file_path.parent == NBS and file_path.name[0] not in "_.":
         return NotebookFile.from_parent(parent, path=file_path)
+
+
+def pytest_collection_finish():
+    "What is here by now will not become garbage; after each notebook Python would look through all of it."
+    gc.freeze()
 
 
 class NotebookFile(pytest.File):
