@@ -1,4 +1,5 @@
 """pytest runs every notebook of nbs/ as one test, by nbdev's own rules and in this process."""
+import gc
 import multiprocessing
 import os
 import random
@@ -21,7 +22,8 @@ from nbdev.config import get_config
 from dip_uq.formats import READERS
 from tools.execute import tidy
 
-multiprocessing.set_forkserver_preload(["dip_uq.cli"])  # so that processes which tests start need not import it
+# so that processes which tests start need not import them: the optimisers of PyTorch import its compiler
+multiprocessing.set_forkserver_preload(["dip_uq.cli", "torch._dynamo", "distributed", "zarr"])
 torch.set_num_threads(1)  # as in tools/execute.py: the same rounding, and small problems gain nothing from more
 NBS = Path(__file__).resolve().parent / "nbs"
 
@@ -31,13 +33,19 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(items):
-    "What starts an app or builds the book comes first, so that no other worker takes over, and does so again."
-    items.sort(key=lambda item: item.path.stem not in ("test_browser", "test_docs"))
+    """What starts an app or builds the book comes first, so that no other worker takes over, and does so again; and what
+    takes longest, so that at the end no worker waits for another."""
+    items.sort(key=lambda item: item.path.stem not in ("test_browser", "test_docs", "test_volumes"))
 
 
 def pytest_collect_file(file_path, parent):
     if file_path.suffix == ".ipynb" and file_path.parent == NBS and file_path.name[0] not in "_.":
         return NotebookFile.from_parent(parent, path=file_path)
+
+
+def pytest_collection_finish():
+    "What is here by now will not become garbage; after each notebook Python would look through all of it."
+    gc.freeze()
 
 
 class NotebookFile(pytest.File):

@@ -106,7 +106,7 @@ class Run:
     "A fit under way: all that its future depends on, its history, and the weights to be returned if it ended now."
     def __init__(self, net: nn.Module, learning_rate: float, iterations: int, seed: int = 0):
         self.net, self.seed, self.iterations, self.iteration = net, seed, iterations, 0
-        self.optimizer = torch.optim.Adam(net.parameters(), learning_rate)
+        self.optimizer = torch.optim.Adam(net.parameters(), learning_rate, foreach=True) # small ones are all overhead
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, learning_rate, total_steps=iterations)
         self.image: Tensor | None = None
         self.history: list[dict[str, float]] = []

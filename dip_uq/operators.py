@@ -163,9 +163,9 @@ class MatrixOperator(LinearOperator):
     def __getstate__(self): return super().__getstate__() | {"_copies": {}}
 
     def _product(self, x):
-        matrix, x = self.torch_matrix(x.dtype, x.device), x.reshape(len(x), math.prod(self.domain_shape))
-        if len(x) == 1: return matrix @ x[0]  # twice as fast as a product with a single column
-        return (matrix @ x.T).T.contiguous()
+        matrix = self.torch_matrix(x.dtype, x.device)
+        if x.shape[0] == 1: return matrix @ x.reshape(-1)  # twice as fast as a product with a single column
+        return (matrix @ x.reshape(x.shape[0], -1).T).T.contiguous()
 
     def _transpose(self): return MatrixOperator(self.matrix.T, self.range_shape, self.domain_shape)
     def _select(self, rows): return MatrixOperator(self.matrix[rows.ravel()], self.domain_shape, rows.shape)

@@ -150,7 +150,7 @@ class Course:
     "A training under way: the weights, their running mean, Adam, the losses so far and the checks so far."
     def __init__(self, net: nn.Module, learning_rate: float, iterations: int):
         self.net, self.mean, self.iterations = net, AveragedModel(net, avg_fn=running_mean).eval(), iterations
-        self.optimizer = torch.optim.Adam(net.parameters(), learning_rate)
+        self.optimizer = torch.optim.Adam(net.parameters(), learning_rate, foreach=True) # as in `Run`
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, learning_rate, total_steps=iterations)
         self.losses, self.checks = [], []
 

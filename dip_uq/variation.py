@@ -34,10 +34,10 @@ def operator_norm(A: LinearOperator, like: Tensor) -> float: # like: a measureme
     for _ in range(30): x = A.T(A(x / x.norm().clamp_min(1e-30)))
     return float(x.norm()) ** 0.5
 
-def divergence(q: Tensor, dim: int) -> Tensor: # Dᵀ q along one axis
-    "The adjoint of differences along `dim`: what flows into each pixel less what flows out."
-    ends = q.new_zeros(()).expand_as(q.narrow(dim, 0, 1))
-    return -torch.diff(q, dim=dim, prepend=ends, append=ends)
+def divergence(q: Tensor, dim: int) -> Tensor: # q on all walls along one axis, (…, n + 1, …) → (…, n, …)
+    "Dᵀ q, the adjoint of differences along `dim` where q is 0 on both outer walls: what flows in less what flows out."
+    n = q.shape[dim] - 1
+    return q.narrow(dim, 0, n) - q.narrow(dim, 1, n)
 
 def flattest(A: LinearOperator, y: Tensor, weights: Iterable[float], lowest: float = 0.0, steps: int = 200,
             ) -> Iterator[Tensor]: # (*domain_shape) for each weight
@@ -49,20 +49,24 @@ def flattest(A: LinearOperator, y: Tensor, weights: Iterable[float], lowest: flo
     size, unit = operator_norm(A, y) or 1.0, float(y.abs().max()) or 1.0
     root, balance = (4 * len(A.domain_shape))**0.5, 30.0
     x, y = y.new_zeros(A.domain_shape), y / unit # x in units of unit / size
-    ahead, p, q = x, torch.zeros_like(y), [torch.zeros_like(x.diff(dim=d)) for d in range(x.ndim)]
+    ahead, p = x, torch.zeros_like(y)
+    walls = [x.new_zeros([n + (d == axis) for axis, n in enumerate(x.shape)]) for d in range(x.ndim)]
+    q = [w.narrow(d, 1, x.shape[d] - 1) for d, w in enumerate(walls)] # those between neighbours; the others stay 0
     before: list[Tensor] = []
+    forward, backward = A._apply, A.T._apply # nobody wants derivatives of these products
     for weight in weights:
         limit = weight * root / (size * unit)
         for i in range(steps):
             if i % 50 == 0 and i < 200: # steps whose lengths change for ever need not arrive
-                if before: balance = rebalanced(balance, before, [x, p, *q])
-                before = [x, p, *q]
+                now = [x, p, *(e.clone() for e in q)]
+                if before: balance = rebalanced(balance, before, now)
+                before = now
             up, down = 0.7 / balance, 0.7 * balance
-            p = (p + up * (A(ahead) / size - y)) / (1 + up)
-            q = [(e + up / root * ahead.diff(dim=d)).clamp(-limit, limit) for d, e in enumerate(q)]
-            slope = A.T(p) / size + sum(divergence(e, d) for d, e in enumerate(q)) / root
-            old, x = x, (x - down * slope).clamp(min=lowest * size / unit)
-            ahead = 2 * x - old
+            p = (forward(ahead) / size).sub_(y).mul_(up).add_(p).div_(1 + up) # in place: small images are all overhead
+            for d, e in enumerate(q): e.add_(ahead.diff(dim=d).mul_(up / root)).clamp_(-limit, limit)
+            slope = (backward(p) / size).add_(sum(map(divergence, walls, range(x.ndim))).div_(root))
+            old, x = x, (x - slope.mul_(down)).clamp_(min=lowest * size / unit)
+            ahead = (2 * x).sub_(old)
         yield (x * (unit / size)).clamp(min=lowest)
 
 def rebalanced(balance: float, before: list[Tensor], now: list[Tensor]) -> float: # x, p, q

@@ -93,7 +93,8 @@ def parameters(node, source: str) -> str:
 def describe_constant(node, source: str, module: str, names: dict) -> str:
     "Its value, if one line holds it, and the comment after it."
     value, text = ast.unparse(node.value), link(comments_in(source).get(node.end_lineno, ""), names)
-    options = [f":module: {module}"] + ([f":value: {value}"] if len(value) < 88 else [])
+    quoted = value.replace("'", "''")  # options are YAML
+    options = [f":module: {module}"] + ([f":value: '{quoted}'"] if len(value) < 88 else [])
     return "\n".join([f"```{{py:data}} {name_of(node)}", *options, "", text, "```"])
 
 def describe(node, source: str, module: str, names: dict, kind: str = "function") -> str:

@@ -2,8 +2,8 @@
 import importlib
 import json
 import math
+import multiprocessing
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -37,14 +37,14 @@ def kmnist(monkeypatch):
 
 
 @pytest.mark.skipif(not DATA.exists(), reason="the images of KMNIST are not in DIP_UQ_DATA")
-def test_kmnist_goes_on_where_it_stopped(tmp_path):
+def test_kmnist_goes_on_where_it_stopped(kmnist, tmp_path, monkeypatch, capsys):
     out = tmp_path / "kmnist.jsonl"
+    monkeypatch.setattr(kmnist, "get_context", lambda method: multiprocessing.get_context("forkserver"))  # starts sooner
     def run(*methods):
         part = "--images 1 --angles 5 --noise 0.1 --iterations 20 --workers 1 --methods".split()
-        command = [sys.executable, FOLDER / "kmnist.py", "--out", out, *part, *methods]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return out.read_text().splitlines(), done.stdout
+        monkeypatch.setattr(sys, "argv", ["kmnist.py", "--out", str(out), *part, *methods])
+        kmnist.main()
+        return out.read_text().splitlines(), capsys.readouterr().out
     first, _ = run("constant")
     more, tables = run("constant", "constant-rays")
     assert more[:1] == first and len(more) == 2  # nothing is computed twice

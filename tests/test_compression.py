@@ -40,14 +40,19 @@ def freed(lin):
     return Linearization(lin.recon, free_pixels=True)
 
 
+@pytest.fixture(scope="module")
+def dense(lin):
+    "The evidence of all rays."
+    return fit_evidence(lin, progress=False)
+
+
 def few(monkeypatch):
     "As if no more than 1000 of the 1440 rays were to be kept."
     for name in ("FEW", "MOST"): monkeypatch.setattr(covariance, name, MOST)
 
 
-def test_hyperparameters_are_as_good_as_those_of_all_rays(lin, monkeypatch):
+def test_hyperparameters_are_as_good_as_those_of_all_rays(lin, dense, monkeypatch):
     "All rays find them less likely by no more than a nat; the held-out check says the same, and sees at least as well."
-    dense = fit_evidence(lin, progress=False)
     few(monkeypatch)
     small = fit_evidence(lin, progress=False)
     assert len(small.model.residual) < 0.7 * small.model.readings == 0.7 * len(dense.model.residual)
@@ -60,10 +65,10 @@ def test_hyperparameters_are_as_good_as_those_of_all_rays(lin, monkeypatch):
 
 
 @pytest.mark.parametrize("free", [False, True])
-def test_bars_are_never_shorter_with_the_same_hyperparameters(lin, freed, free):
+def test_bars_are_never_shorter_with_the_same_hyperparameters(lin, dense, freed, free):
     "And hardly longer, once there are as many combinations as say something. What free pixels alone could say is lost: see the chapter."
-    lin = freed if free else lin
-    rays, dense, longer = fitted_first(lin), fit_evidence(lin, progress=False), []
+    if free: lin, dense = freed, fit_evidence(freed, progress=False)
+    rays, longer = fitted_first(lin), []
     std = Posterior(dense).std()
     for most in (40, 200, 1000):
         part = compressed(rays, combinations(lin, rays, most))

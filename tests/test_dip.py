@@ -2,6 +2,7 @@
 import multiprocessing
 from contextlib import suppress
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -170,12 +171,18 @@ class Interrupted(LinearOperator):
         return self.A(x)
 
 
+@cache
+def uninterrupted(stop):
+    "A fit, and how many products come before its first step, as rough images come first."
+    scan = replace(RAYS, operator=Interrupted(RAYS.operator), held_out=(2, 7))
+    whole = fit(scan, stop=stop)
+    return whole, -scan.operator.left - len(whole.history["loss"])
+
+
 @pytest.mark.parametrize("stop", STOPS)
 @pytest.mark.parametrize("at", [2, 3, 9, 25])
 def test_interruption_returns_the_best_so_far(stop, at):
-    scan = replace(RAYS, operator=Interrupted(RAYS.operator), held_out=(2, 7))
-    whole = fit(scan, stop=stop)
-    before = -scan.operator.left - len(whole.history["loss"])  # rough images come first
+    scan, (whole, before) = replace(RAYS, operator=Interrupted(RAYS.operator), held_out=(2, 7)), uninterrupted(stop)
     scan.operator.left = before + at
     recon = fit(scan, stop=stop)
     scan.operator.left = 0
@@ -223,12 +230,17 @@ def test_killed_again_and_again(tmp_path):
     for key in whole.history: np.testing.assert_array_equal(resumed.history[key], whole.history[key])
 
 
+@cache
+def with_dropout(stop):
+    "A scan, a network that draws, and the fit that nobody cuts short."
+    scan, net = simulate(TRUTH, RAYS.operator, noise=0.05), nn.Sequential(UNet(2, 4), nn.Dropout(0.05))
+    return scan, net, reconstruct(scan, net, **OPTIONS | dict(stop=stop))
+
+
 @pytest.mark.parametrize("stop", STOPS)
 @pytest.mark.parametrize("at", [3, 120, 149])
 def test_resumed_at_any_iterate(stop, at, tmp_path, monkeypatch):
-    scan, net = simulate(TRUTH, RAYS.operator, noise=0.05), nn.Sequential(UNet(2, 4), nn.Dropout(0.05))
-    options = OPTIONS | dict(stop=stop)
-    whole = reconstruct(scan, net, **options)
+    (scan, net, whole), options = with_dropout(stop), OPTIONS | dict(stop=stop)
 
     def cut(seconds, act):
         def look(run):

@@ -336,7 +336,7 @@ def test_results_travel_to_another_process(recon, operator):
         scan = Scan(A(truth), A, truth, 0.01).hold_out(2)
     solution = solve(scan, UNet(2, 4), iterations=30, progress=False)
     one_thread = dict(initializer=torch.set_num_threads, initargs=(1,))  # as here: the same rounding
-    with ProcessPoolExecutor(1, get_context("spawn"), **one_thread) as pool: found = pool.submit(summary_of, solution).result()
+    with ProcessPoolExecutor(1, get_context("forkserver"), **one_thread) as pool: found = pool.submit(summary_of, solution).result()
     for there, here in zip(found, summary_of(solution)): assert torch.equal(torch.as_tensor(there), torch.as_tensor(here))
     assert torch.equal(pickle.loads(pickle.dumps(solution.scan)).measurement, scan.measurement)
 

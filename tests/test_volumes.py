@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from dip_uq.rays import parallel_beam
 from dip_uq.volumes import create_volume, finish_volume, level_shapes, part_of, read_note, solve_slice, solve_volume, stack_of
 
 zarr = pytest.importorskip("zarr", reason="zarr is not installed")
-pytest.importorskip("distributed", reason="dask.distributed is not installed")
+dask = pytest.importorskip("distributed", reason="dask.distributed is not installed").dask
 SIZE, FIT = 16, dict(iterations=30, seed=0)
 
 
@@ -37,6 +38,13 @@ def on_disk(i, path):
 
 
 def net(): return UNet(2, 4)
+
+
+@pytest.fixture(autouse=True)
+def forked():
+    "Workers come from a process that has imported everything before; those that are killed below are spawned, as usual."
+    forkserver.ensure_running()  # before Dask says what is to be imported
+    with dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"}): yield
 
 
 def test_slices_are_as_they_would_be_alone_and_failures_cost_nothing_else(tmp_path):
