@@ -42,7 +42,8 @@ def first_guess(scan: Scan, # only the readings that may be fitted are used
                ) -> tuple[Tensor, float]:
     """The network's input z (1, channels, *image), about 1 in size, and the scale: image units for a unit of output.
 
-    Where the operator has no filtered back-projection (`has_fbp`), "fbp" starts as "cgls" does.
+    Where the operator has no filtered back-projection (`has_fbp`), "fbp" starts as "cgls" does, and so does "tv"
+    where there is but one projection.
 
     Raises ValueError where nothing was measured, or where `start` is no name and no image of the scan's shape.
     """
@@ -410,7 +411,8 @@ def reconstruct(scan: Scan, # what was measured; its truth, if any, is only scor
                 stop: str = "variance", # rule: "variance", "heldout", "discrepancy" or "fixed"
                 learning_rate: float = 5e-3, # peak of the one-cycle schedule
                 seed: int = 0, # of the initial weights, and of all noise in the input
-                start: str | ArrayLike = "noise", # the input z: one of `STARTS` or an image, see `first_guess`
+                start: str | ArrayLike | None = None, # the input z: one of `STARTS` or an image, see `first_guess`;
+                                                      # None: "noise" for images, "tv" for volumes
                 educated: bool = False, # start from the weights that `net` has, rather than from fresh ones
                 jitter: float = 0.0, # standard deviation of noise that is added to z, anew in each iteration
                 resume: str | Path | None = None, # keeps the state of the run; where it exists, the run goes on from it
@@ -435,6 +437,7 @@ def reconstruct(scan: Scan, # what was measured; its truth, if any, is only scor
     learning_rate, jitter = _positive("learning_rate", learning_rate), _positive("jitter", jitter, zero=True)
     iterations, seed = _whole("iterations", iterations), _whole("seed", seed, 0, 2**31 - 1)
     if stop == "heldout": scan = scan.apart()
+    if start is None: start = "tv" if len(scan.operator.domain_shape) == 3 and not educated else "noise"
     if net is None:
         with seeded(seed): net = UNet(dims=len(scan.operator.domain_shape))
     z, scale = first_guess(scan, start, seed, getattr(net, "settings", {}).get("inputs", 1))
