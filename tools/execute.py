@@ -1,7 +1,7 @@
 """Execute notebooks in place and clean them, so that two runs give the same bytes.
 
     python tools/execute.py                      # all of nbs/
-    python tools/execute.py nbs/12_dip.ipynb     # the named ones
+    python tools/execute.py nbs/13_dip.ipynb     # the named ones
     python tools/execute.py --slow nbs/index.ipynb # with the cells marked `#| slow`
 
 Cells that nbdev would not test (`#| eval: false`, the `tst_flags` of settings.ini) are left out and keep the outputs
