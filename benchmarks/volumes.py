@@ -1,12 +1,12 @@
 """Volumes: what neighbours and workers are worth to a stack, how many tasks a scheduler hands out, and true cone beams.
 
     python benchmarks/volumes.py --out volumes.json [--cases stack48 stack64 scheduler cone24 cone48 cone64] [--slices 8]
-                                 [--every 1 4] [--workers 1 2] [--seeds 0 1 2] [--starts educated fresh] [--iterations 200 2000]
+                                 [--every 1 4] [--workers 1 2] [--seeds 0 1 2] [--starts tv noise] [--iterations 1000]
 
 stack…      consecutive slices from the middle of a nut of 48³ or 64³ voxels, 30 parallel projections, 5 % noise, 2,000 steps
 scheduler   10,000 tasks that do nothing, on threads of this process
-cone…       a nut of 24³, 48³ or 64³ voxels by 20 views of a cone beam, a third more bins than voxels on a side, 5 % noise: `solve` by
-            the network for volumes, educated or from fresh weights, beside FDK and the best of 14 weights of TV, chosen by the truth.
+cone…       a nut of 24³, 48³ or 64³ voxels by 20 views of a cone beam, a third more bins than voxels on a side, 5 % noise: `solve`
+            with UNet(3, 8), from the flattest image or from noise, beside FDK and the best of 14 weights of TV, chosen by the truth.
             Each is a process of its own, so that its peak of memory is its own.
 """
 import json
@@ -25,7 +25,7 @@ from dip_uq.data import simulate
 from dip_uq.files import peak_memory_mb, versions
 from dip_uq.networks import UNet
 from dip_uq.pipeline import solve
-from dip_uq.pretraining import Pretrained, cone_scanner, nut
+from dip_uq.pretraining import cone_scanner, nut
 from dip_uq.rays import parallel_beam
 from dip_uq.variation import flattest, linear, psnr
 from dip_uq.volumes import solve_volume
@@ -66,10 +66,8 @@ def best_tv(scan, weights=14):
 
 
 def cone(size, seed, start, iterations):
-    scan, taught = simulate(nut(size, seed), cone_scanner(size), noise=0.05, seed=seed), Pretrained.load(dims=3)
-    options = taught.options if start == "educated" else {}
-    began = process_time()
-    s = solve(scan, taught.net, **options | dict(iterations=iterations), seed=seed)
+    scan, began = simulate(nut(size, seed), cone_scanner(size), noise=0.05, seed=seed), process_time()
+    s = solve(scan, UNet(3, 8, dims=3), iterations=iterations, learning_rate=1e-2, start=start, seed=seed)
     cpu, memory, found = process_time() - began, peak_memory_mb(), s.summary()
     return dict(seconds=s.seconds, cpu_seconds=cpu, peak_memory_mb=memory, psnr_fdk=found["psnr_fbp"], psnr_tv=best_tv(scan),
                 psnr_tv_heldout=found["psnr_tv"], rays=found["d_y"], kept=found["evidence"]["rays"], voxels=found["d_x"],
@@ -86,15 +84,15 @@ def apart(*case):
 
 def main():
     args = arguments(__doc__, cases=some(["stack48", "stack64", "scheduler", "cone24", "cone48", "cone64"]), slices=8, every=[1, 4],
-                     workers=[1, 2], seeds=[0, 1, 2], starts=some(["educated", "fresh"]), iterations=[200, 2000])
+                     workers=[1, 2], seeds=[0, 1, 2], starts=some(["tv", "noise"]), iterations=1000)
     found = json.loads(args.out.read_text()) if args.out.exists() else {}
     for case in args.cases:
         size = int("".join(filter(str.isdigit, case)) or 0)
         if case == "scheduler": works = {case: scheduler}
         elif case.startswith("stack"):
             works = {f"{case}, every {e}, {w} workers": lambda e=e, w=w: stack(size, args.slices, e, w) for e in args.every for w in args.workers}
-        else: works = {f"{case}, {start}, {i} steps, nut {seed}": lambda seed=seed, start=start, i=i: apart(size, seed, start, i)
-                       for seed in args.seeds for start, i in zip(args.starts, args.iterations)}
+        else: works = {f"{case}, {start}, nut {seed}": lambda seed=seed, start=start: apart(size, seed, start, args.iterations)
+                       for seed in args.seeds for start in args.starts}
         for name, work in works.items():
             if name in found: continue
             found[name] = dict(versions=versions()) | work()

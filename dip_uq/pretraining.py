@@ -117,7 +117,7 @@ def ellipsoids(size: int, # voxels along each side
         way = (places - torch.tensor(centre).float()) @ torch.tensor(turn / radii).float()
         share = ((1 - way.norm(dim=-1)) * radii.min() * size / 2 + 0.5).clamp(0, 1)
         image.lerp_(torch.tensor(float(rng.uniform())), share)
-    body = rng.uniform(0.5, 0.9, 3)
+    body = rng.uniform(0.55, 0.95, 3)
     for k in range(rng.integers(1, 4)): paint(np.zeros(3), body * rng.uniform(0.75, 0.95)**k)
     for _ in range(rng.integers(5, 16)): paint(body * rng.uniform(-0.5, 0.5, 3), np.exp(rng.uniform(-3.5, -1, 3)))
     return image
@@ -138,7 +138,7 @@ def cone_scanner(size: int = 32, angles: int = 20) -> ConeTransform:
     return cone_beam(turn, (size,) * 3, bins, bins, 2.16 * size / bins, source_origin=3 * size, origin_detector=1.5 * size)
 
 def cone_scanners(size: int = 32) -> list[ConeTransform]:
-    "What the shipped network for volumes was trained for: 10, 15, … 30 views by the `cone_scanner`."
+    "What `dip-uq pretrain --volumes` teaches: 10, 15, … 30 views by the `cone_scanner`."
     return [cone_scanner(size, angles) for angles in range(10, 31, 5)]
 
 # %% ../nbs/16_pretraining.ipynb #04a00012
@@ -282,17 +282,16 @@ class Pretrained:
     def load(cls,
              path: str | Path | None = None, # None: the weights that come with the package
              net: nn.Module | None = None, # needed where it is no network of `NETWORKS`: one like it
-             dims: int = 2, # of those that come with it: 2 for images, 3 for volumes
             ) -> "Pretrained":
         "Read what `save` wrote; raises ValueError for damaged files, other files, and another network."
         if path is None:
-            with as_file(files("dip_uq") / SHIPPED[_whole("dims", dims, 2, 3)]) as path: return cls.load(path)
+            with as_file(files("dip_uq") / SHIPPED) as path: return cls.load(path)
         tensors, card = load_tensors(path)
         if "psnr_input" not in card: raise ValueError(f"path: {str(path)!r} holds no Pretrained; pretrain makes one")
         history = {k: v.numpy() for k, v in named(tensors, "history.").items()}
         return cls(revive(net, named(tensors, "net."), *card["network"]), card, history)
 
-SHIPPED, FINE = {2: "educated.safetensors", 3: "educated3.safetensors"}, dict(learning_rate=2e-3, iterations=200)
+SHIPPED, FINE = "educated.safetensors", dict(learning_rate=2e-3, iterations=200)
 
 # %% ../nbs/16_pretraining.ipynb #04a00016
 TRAINED = "all", "decoder", "singular values"
