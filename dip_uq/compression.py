@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .linearization import Linearization
 from .operators import LinearOperator, require_memory
 from .plotting import bar
-from .spectral import beyond, spanned
+from .spectral import spanned, strip
 
 
 # %% ../nbs/22_compression.ipynb #21000009
@@ -90,7 +90,7 @@ def pixel_rays(lin: Linearization, operator: LinearOperator, count: int, batch: 
 # %% ../nbs/22_compression.ipynb #21000031
 def draw_bytes(readings: int, most: int = MOST) -> float:
     "What random rays, their basis and their singular vectors take, and what comes and goes."
-    return 8 * 8 * readings * (most // 2) # six to nine matrices of that size, as measured
+    return 5 * 8 * readings * (most // 2) # four to five matrices of that size, as measured
 
 def require_draws(readings: int, most: int = MOST, device: torch.device | str = "cpu") -> None:
     "Raise ValueError where `draw_bytes` exceed the memory that is free."
@@ -98,23 +98,22 @@ def require_draws(readings: int, most: int = MOST, device: torch.device | str = 
                    "take fewer rays (angles or bins)", device)
 
 # %% ../nbs/22_compression.ipynb #21000033
-def leading(drawn: Tensor, # (n, k), random rays
+def leading(drawn: Tensor, # (n, k), random rays; they are used up
             variance: float, # what they are to give an average ray
             least: float, # variance that a combination has at least
             before: Sequence[Tensor], # (n_i, k_i), what there is already: of the fitted rays, then of each projection
             most: int, # of the fitted rays, and of all others together, with those before
            ) -> list[Tensor]: # orthonormal columns beyond those before, for each block
     "The directions in which random rays vary most, block by block."
-    size = float(drawn.square().mean()) or 1.0
-    scaled = drawn * math.sqrt(variance / size / drawn.shape[1])
-    parts = [torch.linalg.svd(beyond(U, part), full_matrices=False)[:2]
-             for U, part in zip(before, scaled.split([len(U) for U in before]))]
+    unit = variance * len(drawn) / (float(drawn.norm())**2 or 1.0) # so that an average row's squares add up to it
+    parts = [torch.linalg.svd(strip(U, part), full_matrices=False)[:2]
+             for U, part in zip(before, drawn.split([len(U) for U in before]))]
     found: list[Tensor] = []
     for some, old in (parts[:1], before[:1]), (parts[1:], before[1:]):
-        squares = torch.cat([scaled.new_zeros(0), *(S.square() for _, S in some)]).sort(descending=True)[0]
+        squares = torch.cat([drawn.new_zeros(0), *(unit * S.square() for _, S in some)]).sort(descending=True)[0]
         room = most - sum(U.shape[1] for U in old)
         bound = max(least, float(squares[room])) if room < len(squares) else least
-        found += [U[:, S.square() > bound] for U, S in some]
+        found += [U[:, unit * S.square() > bound] for U, S in some]
     return found
 
 def combinations(lin: Linearization, rays: Readings, # of its scan
@@ -133,13 +132,14 @@ def combinations(lin: Linearization, rays: Readings, # of its scan
     if not least > 0: raise ValueError("lin: the image explains every fitted ray exactly (y − A x̂ = 0), so nothing "
                                        "tells how large noise is; fit fewer weights, or for fewer steps")
     draws = bar(progress, network_rays(lin, rays.operator), "random rays")
-    drawn, _, _ = spanned(iter(draws), min(math.sqrt(least / wide), 0.5), most // 2)
+    drawn = spanned(iter(draws), min(math.sqrt(least / wide), 0.5), most // 2)[0]
     counts = rays.projection.unique_consecutive(return_counts=True)[1].tolist()
     nothing = [drawn.new_zeros(n, 0) for n in (rays.training, *counts)]
     blocks = leading(drawn, wide, least, nothing, most // 2)
     if lin.pixels is None: return blocks
-    moved = pixel_rays(lin, rays.operator, most // 2)
-    return [torch.cat(both, 1) for both in zip(blocks, leading(moved, rays.left, rays.left, blocks, most // 2))]
+    del drawn # as large as what comes
+    more = leading(pixel_rays(lin, rays.operator, most // 2), rays.left, rays.left, blocks, most // 2)
+    return [torch.cat(both, 1) for both in zip(blocks, more)]
 
 
 # %% ../nbs/22_compression.ipynb #21000034
