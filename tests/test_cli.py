@@ -15,6 +15,7 @@ import torch
 
 from dip_uq import cli
 from dip_uq.cli import demo_scan, in_one_line, main
+from dip_uq.pretraining import Pretrained
 from dip_uq.scans import save_scan
 
 SMALL = "--iterations", "4", "--channels", "4", "--scales", "2", "--quiet"
@@ -88,6 +89,16 @@ def test_pretraining_that_is_interrupted_is_no_result(tmp_path, monkeypatch, cap
     (tmp_path / "weights.state").touch()
     assert main(["pretrain", "--out", str(tmp_path / "weights"), "--quiet"]) == 130
     assert f"the same command goes on from what {tmp_path}/weights.state holds" in capsys.readouterr().err
+
+
+def test_a_network_for_volumes_is_taught(tmp_path, capsys):
+    out = tmp_path / "weights.safetensors"
+    small = "--size", "12", "--iterations", "20", "--channels", "4", "--scales", "2"
+    assert main(["pretrain", "--volumes", *small, "--out", str(out), "--quiet"]) == 0
+    taught = Pretrained.load(out)
+    assert taught.net.settings["dims"] == 3 and taught.card["images"] == ["ellipsoids"]
+    with pytest.raises(SystemExit): main(["pretrain", "--volumes", "--phantoms", "walnut", "--out", str(out)])
+    assert "not allowed with" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("argv, message", [

@@ -14,13 +14,14 @@ from skimage.metrics import peak_signal_noise_ratio
 from torch import nn
 
 from dip_uq import dip
+from dip_uq.cone import cone_beam
 from dip_uq.data import ellipses, simulate
 from dip_uq.dip import Reconstruction, first_guess, reconstruct
 from dip_uq.files import load_tensors, save_tensors
 from dip_uq.networks import UNet
 from dip_uq.operators import LinearOperator, as_operator
 from dip_uq.rays import fan_beam, parallel_beam
-from dip_uq.variation import psnr, total_variation
+from dip_uq.variation import psnr, total_variation, tv_reconstruction
 
 SHAPE = 14, 16
 TRUTH = torch.nn.functional.pad(ellipses(14, 1), (1, 1))
@@ -450,3 +451,26 @@ def test_the_range_is_that_of_the_field_of_view_where_the_image_reaches_far_beyo
     A = parallel_beam(turn, (48, 48), 32)
     _, scale = first_guess(simulate(bright, A, noise=0.03, seed=1))
     assert 0.8 < scale / float(bright.max()) < 1
+
+
+def test_the_flattest_image_as_input_knows_no_held_out_ray(tmp_path):
+    "It is that of the readings to be fitted, in units of the scale; a run resumed from it is the same run."
+    scan = simulate(TRUTH, OPERATORS["rays"], noise=0.05, seed=1).hold_out(3)
+    z, scale = first_guess(scan, "tv")
+    torch.testing.assert_close(scale * z[0, 0], tv_reconstruction(scan.training)[0])
+    wrong = scan.measurement.clone()
+    wrong[list(scan.held_out)] = 99.0
+    torch.testing.assert_close(first_guess(replace(scan, measurement=wrong), "tv")[0], z)
+    recon = fit(scan, start="tv", stop="heldout")
+    recon.save(tmp_path / "recon")
+    assert_same(Reconstruction.load(tmp_path / "recon", recon.scan), recon)
+    single = simulate(TRUTH, OPERATORS["rays"][:1], noise=0.05)
+    assert torch.equal(first_guess(single, "tv")[0], first_guess(single, "cgls")[0])
+
+
+def test_volumes_start_from_the_flattest_image_and_images_from_noise():
+    turn = np.arange(8) / 8 * 2 * np.pi
+    volume = simulate(torch.rand(6, 6, 6), cone_beam(turn, (6, 6, 6), 8, 8, 1.7, 18., 9.), noise=0.05)
+    def start(scan, net, **options): return reconstruct(scan, net, iterations=2, progress=False, **options).settings["start"]
+    assert start(volume, UNet(2, 4, dims=3)) == "tv" and start(volume, UNet(2, 4, dims=3), start="noise") == "noise"
+    assert start(volume, UNet(2, 4, dims=3), educated=True) == start(simulate(TRUTH, OPERATORS["rays"], noise=0.05), UNet(2, 4)) == "noise"
