@@ -136,8 +136,8 @@ def parser() -> argparse.ArgumentParser:
     commands.add_parser("info", help="versions, machine and data folder, for a bug report",
                         description="Print versions, machine and data folder, for a bug report.")
     teach = commands.add_parser("pretrain", help="teach a network on synthetic scans, in about forty minutes",
-                                description="Teach a U-Net on synthetic fan-beam scans of 15 to 60 projections. "
-                                            "Interrupted, the same command goes on.")
+                                description="Teach a U-Net on synthetic scans: fan beams of 15 to 60 projections, or "
+                                            "cone beams. Interrupted, the same command goes on.")
     teach.add_argument("--out", type=Path, required=True, metavar="FILE", help="for the weights, as safetensors")
     kinds = teach.add_mutually_exclusive_group()
     kinds.add_argument("--phantoms", nargs="+", choices=PHANTOMS, metavar="KIND",

@@ -43,8 +43,7 @@ from .networks import UNet
 from .pipeline import ImageOnly, solve, solve_image
 from .plotting import Unfailing, tell
 from .posterior import Posterior
-from .pretraining import (PHANTOMS, Pretrained, cone_scanners, ellipsoids, fan_scanner, fan_scanners,
-                                pretrain)
+from .pretraining import PHANTOMS, Pretrained, cone_scanners, fan_scanner, fan_scanners, pretrain
 from .scans import _LENGTHS, import_fields, load_scan, preview
 from .scores import headline
 from .volumes import cluster, solve_volume, stack_of
@@ -181,8 +180,8 @@ def run_pretrain(args: argparse.Namespace) -> Pretrained:
     "Teach a network and write it to `args.out`; its state is kept beside that file while it learns."
     iterations, size = args.usual if args.iterations is None else args.iterations, _whole("--size", args.size)
     state = state_of(args)
-    phantoms = [p for p in PHANTOMS if not args.phantoms or p.__name__ in args.phantoms]
-    scanners, phantoms, dims = (cone_scanners, [ellipsoids], 3) if args.volumes else (fan_scanners, phantoms, 2)
+    phantoms = [p for p in PHANTOMS if p.__name__ in args.phantoms] if args.phantoms else None
+    scanners, dims = (cone_scanners, 3) if args.volumes else (fan_scanners, 2)
     taught = pretrain(scanners(size), UNet(args.scales, args.channels, dims=dims), iterations=iterations,
                       seed=args.seed, resume=state, progress=not args.quiet, phantoms=phantoms)
     if taught.card["stopped"] == "interrupted": raise KeyboardInterrupt

@@ -50,6 +50,14 @@ class Cone:
         x, y, _ = self.source.T
         return np.arctan2(x, -y) if self.fan else np.arctan2(-x, y)
 
+    @property
+    def directions(self) -> np.ndarray:
+        "(views,) number of each view, by its angle; views with the same vectors, to a millionth, share one."
+        vectors = np.hstack([self.source, self.detector, self.across, self.along])
+        turn = np.mod(self.angles + 1e-9, 2 * np.pi)[:, None]  # so that rounding does not part what is at 0, or at ±π
+        alike = np.hstack([turn, vectors / np.abs(vectors).max()]).round(6) + 0.
+        return np.unique(alike, axis=0, return_inverse=True)[1].ravel()
+
     def rays(self,
              reach: float  # parallel rays start and end this far from the place next to the centre
             ) -> tuple:  # starts and ends, (views, 1, 1, 3) or (views, rows, bins, 3), with (x, y, z)
@@ -103,14 +111,17 @@ def cone_beam(
     origin_detector: float,  # from the axis to the detector
     pixel_size: float | tuple = 1.0,  # edge of a voxel, or (depth, height, width); all lengths in one unit
     centre: float | None = None,  # bin, from 0, that the ray through the axis meets; None: the middle
-    heights=0.0  # of source and detector's middle, for all views, or for each: (n,)
+    heights: float | np.ndarray = 0.0  # of source and detector's middle, for all views, or for each: (n,)
 ) -> ConeTransform:  # (D, H, W) -> (n, rows, bins)
     "Rays from a source that turns about the volume's z axis: `fan_beam` in the plane of the source. Rows go up in z."
     _check_positive(source_origin=source_origin, origin_detector=origin_detector)
-    height, width = pixel_sides(bin_size)
+    height, width = bin_size if np.ndim(bin_size) else (bin_size, bin_size)
+    _check_positive(bin_size=height)
     side = tuple(pixel_sides(pixel_size, 3)[1:])
     fan = Geometry(angles, bins, width, side, source_origin, origin_detector, centre=centre)
-    def lifted(places, z): return np.column_stack([places, np.broadcast_to(np.asarray(z, float), len(places))])
+    if np.shape(heights) not in ((), fan.angles.shape) or not np.isfinite(heights).all():
+        raise ValueError(f"heights={heights!r}: give a finite number, or one for each of {len(fan.angles)} angles")
+    def lifted(places, z): return np.column_stack([places, np.broadcast_to(z, len(places))])
     source, middle, step = fan.vectors()
     return vector_cone(lifted(source, heights), lifted(middle, heights), lifted(step, 0), lifted(0 * step, height), shape,
                        rows, bins, pixel_size)

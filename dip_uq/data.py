@@ -23,7 +23,7 @@ from skimage.transform import resize_local_mean
 
 from .files import _check_plain
 from .operators import LinearOperator
-from .rays import RayTransform
+from .rays import RayTransform, ViewTransform
 
 # %% ../nbs/06_data.ipynb #f347c633
 def _real(name: str,  # what the value is called in messages
@@ -209,7 +209,7 @@ class Scan:
     @property
     def directions(self) -> np.ndarray:  # (projections,)
         "Number of each projection's direction, which twins share; where the operator knows of none, each has its own."
-        if isinstance(self.operator, RayTransform): return self.operator.geometry.directions
+        if isinstance(self.operator, ViewTransform): return self.operator.geometry.directions
         return np.arange(len(self.measurement))
 
     @property

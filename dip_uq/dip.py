@@ -26,7 +26,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from .data import Scan, _check_peak, _positive, _real, _whole
-from .doubts import reach
+from .doubts import negative_range, reach
 from .fbp import fbp, has_fbp
 from .files import digest, keep_tensors, kept_tensors, load_tensors, named, save_tensors
 from .networks import NETWORKS, UNet, fresh, optimizer_tensors, restore_optimizer, seeded
@@ -42,8 +42,7 @@ def first_guess(scan: Scan, # only the readings that may be fitted are used
                ) -> tuple[Tensor, float]:
     """The network's input z (1, channels, *image), about 1 in size, and the scale: image units for a unit of output.
 
-    Where the operator has no filtered back-projection (`has_fbp`), "fbp" starts as "cgls" does, and so does "tv"
-    where there is but one projection.
+    Without a filtered back-projection (`has_fbp`) "fbp" starts as "cgls" does; so does "tv" with one projection.
 
     Raises ValueError where nothing was measured, or where `start` is no name and no image of the scan's shape.
     """
@@ -59,7 +58,7 @@ def first_guess(scan: Scan, # only the readings that may be fitted are used
                           dtype=torch.float32).to(rough), scale
     if start == "smooth": rough = blur(rough.shape, 4.0)(rough)
     if start == "fbp" and has_fbp(A): rough = fbp(A, y, "hann")
-    if start == "tv" and len(y) > 1: rough = tv_reconstruction(scan.training)[0]
+    if start == "tv" and len(y) > 1: rough = tv_reconstruction(scan.training, -math.inf if negative_range(scan) else 0)[0]
     return (rough / scale)[None, None], scale
 
 STARTS = "noise", "cgls", "smooth", "fbp", "tv"
@@ -411,8 +410,7 @@ def reconstruct(scan: Scan, # what was measured; its truth, if any, is only scor
                 stop: str = "variance", # rule: "variance", "heldout", "discrepancy" or "fixed"
                 learning_rate: float = 5e-3, # peak of the one-cycle schedule
                 seed: int = 0, # of the initial weights, and of all noise in the input
-                start: str | ArrayLike | None = None, # the input z: one of `STARTS` or an image, see `first_guess`;
-                                                      # None: "noise" for images, "tv" for volumes
+                start: str | ArrayLike | None = None, # see `first_guess`; None: "noise", or "tv" for a volume
                 educated: bool = False, # start from the weights that `net` has, rather than from fresh ones
                 jitter: float = 0.0, # standard deviation of noise that is added to z, anew in each iteration
                 resume: str | Path | None = None, # keeps the state of the run; where it exists, the run goes on from it
@@ -437,10 +435,11 @@ def reconstruct(scan: Scan, # what was measured; its truth, if any, is only scor
     learning_rate, jitter = _positive("learning_rate", learning_rate), _positive("jitter", jitter, zero=True)
     iterations, seed = _whole("iterations", iterations), _whole("seed", seed, 0, 2**31 - 1)
     if stop == "heldout": scan = scan.apart()
-    if start is None: start = "tv" if len(scan.operator.domain_shape) == 3 and not educated else "noise"
+    inputs, volume = getattr(net, "settings", {}).get("inputs", 1), len(scan.operator.domain_shape) == 3
+    if start is None: start = "tv" if volume and inputs == 1 and not educated else "noise"
     if net is None:
         with seeded(seed): net = UNet(dims=len(scan.operator.domain_shape))
-    z, scale = first_guess(scan, start, seed, getattr(net, "settings", {}).get("inputs", 1))
+    z, scale = first_guess(scan, start, seed, inputs)
     digested = digest(net.state_dict()) if educated else "fresh"
     net = (copy.deepcopy(net) if educated else fresh(net, seed)).to(z)
     with torch.no_grad(), seeded(seed): taught = picture(net, z) if educated else None

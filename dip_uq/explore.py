@@ -103,6 +103,8 @@ async function asked(path) {
 
 // from where to where the grey values of all results go, so that they can be compared
 const shared = name => ends(panels.flatMap(p => p.ranges[name] ?? []));
+
+const deepest = () => Math.max(...panels.map(p => p.slices));  // in whose slices `chosen.slice` counts
 """
 
 # %% ../nbs/34_explore.ipynb #e8900021
@@ -135,7 +137,7 @@ PANEL = """class Panel {  // one result
     return {figure, stage, canvas, over, caption};
   }
 
-  get slice() { return Math.floor((chosen.slice + .5) * this.slices / panels[0].slices); }
+  get slice() { return Math.floor((chosen.slice + .5) * this.slices / deepest()); }
 
   async array(name) {
     const key = `${this.slice}/${name}`, forget = e => { delete this.kept[key]; throw e; };
@@ -267,7 +269,7 @@ CONTROLS = """function listen(panel, stage, canvas) {
   });
   stage.addEventListener("keydown", event => {
     const deeper = {PageUp: 1, PageDown: -1}[event.key];
-    if (deeper && first().slices > 1) { event.preventDefault(); turn(chosen.slice + deeper); return; }
+    if (deeper && deepest() > 1) { event.preventDefault(); turn(chosen.slice + deeper); return; }
     const step = {ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1]}[event.key];
     if (!step) return;
     event.preventDefault();
@@ -294,7 +296,7 @@ function latest(work) {  // of what is wanted while it works, only the last is d
 const update = latest(p => p.choose()), show = latest(p => p.show());
 
 function turn(slice) {  // to another one
-  chosen.slice = by("slice").value = clamp(slice, 0, panels[0].slices - 1);
+  chosen.slice = by("slice").value = clamp(slice, 0, deepest() - 1);
   show();
   update();
 }
@@ -305,9 +307,9 @@ async function begin() {
   for (const [value, name] of Object.entries(NAMES))
     if (bars || value === "image") made("option", by("view"), {value}, name);
   by("sample").max = Math.max(0, ...panels.map(p => p.samples - 1));
-  by("slice").max = first.slices - 1;
-  by("depth").hidden = first.slices === 1;
-  chosen.slice = by("slice").value = first.slices >> 1;
+  by("slice").max = deepest() - 1;
+  by("depth").hidden = deepest() === 1;
+  chosen.slice = by("slice").value = deepest() >> 1;
   by("slice").addEventListener("input", () => turn(+by("slice").value));
   chosen.a = chosen.b = [first.height >> 1, first.width >> 1];
   by("play").disabled = by("sample").disabled = !bars;
@@ -340,16 +342,18 @@ SCRIPT = "\n\n".join([TOOLS, PANEL, CHARTS, CONTROLS])
 # %% ../nbs/34_explore.ipynb #e8900011
 def answer(results: list[Result], path: str) -> tuple[str, bytes] | None: # its kind, and itself
     "What the page gets that asks for `path`; None where that is nothing. Arrays are float32, row by row."
+    def at(some, number): return some[int(number)] if number.isascii() and number.isdecimal() else some[len(some)]
     try:
         match path.partition("?")[0].strip("/").split("/"):
             case [""]: return "text/html; charset=utf-8", PAGE.encode()
             case ["script.js"]: return "text/javascript; charset=utf-8", SCRIPT.encode()
             case ["results"]: found: Any = [about(result) for result in results]
-            case ["array", number, level, name]: found = results[int(number)].slices[int(level)].array(name)
+            case ["array", number, level, name]: found = at(at(results, number).slices, level).array(name)
             case ["region", number, level, *where]:
-                found = region(results[int(number)].slices[int(level)], *map(int, where))
-            case ["correlation", number, level, *where] if len(results[int(number)].samples):
-                found = results[int(number)].slices[int(level)].correlation(*map(int, where))
+                found = region(at(at(results, number).slices, level), *map(int, where))
+            case ["correlation", number, level, *where] if len((result := at(results, number)).samples):
+                region(one := at(result.slices, level), *map(int, where)) # is it a place?
+                found = one.correlation(*map(int, where))
             case _: return None
     except (KeyError, IndexError, ValueError, TypeError): return None
     if isinstance(found, np.ndarray): return "application/octet-stream", found.astype("<f4").tobytes()

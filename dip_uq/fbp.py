@@ -162,12 +162,14 @@ def circular(g: Rays) -> Geometry | None:
 def turning(g: Rays | Cone) -> tuple[Geometry, Level | None] | None:
     "The scanner of the plane in which the source turns, and of a cone beam its level; None: there is none."
     if isinstance(g, Rays): return (like, None) if (like := circular(g)) else None
-    plane, middle, step = (v[:, 2].mean() for v in (g.source if g.fan else 0 * g.source, g.detector, g.along))
+    source, size = g.source, np.linalg.norm(g.across, axis=1).min()
+    if not g.fan: source = source / np.linalg.norm(source, axis=1, keepdims=True) * g.bins * size # a way, as long as a row
+    plane, middle, step = source[:, 2].mean() * g.fan, g.detector[:, 2].mean(), g.along[:, 2].mean()
     depth, height, width = pixel_sides(g.pixel_size, 3)
-    off = [g.source[:, 2] - (plane if g.fan else 0), g.detector[:, 2] - middle, g.across[:, 2] * g.bins,
-           g.along[:, :2] * g.rows, (g.along[:, 2] - step) * g.rows]
-    if max(np.abs(v).max() for v in off) > np.linalg.norm(g.across, axis=1).min() / 100: return None
-    flat = Views(g.source[:, :2], g.detector[:, :2], g.across[:, :2], g.bins, (height, width), g.fan)
+    off = [source[:, 2] - plane, g.detector[:, 2] - middle, g.across[:, 2] * g.bins, g.along[:, :2] * g.rows,
+           (g.along[:, 2] - step) * g.rows]
+    if max(np.abs(v).max() for v in off) > size / 100: return None
+    flat = Views(source[:, :2], g.detector[:, :2], g.across[:, :2], g.bins, (height, width), g.fan)
     if (like := circular(flat)) is None or abs(like.tilt) * g.bins > .01: return None
     return like, Level(plane, (g.rows - 1) / 2 + (plane - middle) / step, step * like.shrink, depth)
 

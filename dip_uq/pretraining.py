@@ -59,22 +59,24 @@ def fan_scanners(size: int = 64) -> list[RayTransform]:
 PHANTOMS = ellipses, rectangles, disks, walnut
 
 class Pairs(Dataset):
-    """Pair number i, made when it is asked for: the input z (1, H, W) of `reconstruct`, and the image behind it.
+    """Pair number i, made when it is asked for: the input z (1, *image) of `reconstruct`, and the image behind it.
 
     Phantom, instrument and noise are drawn from `seed` and i alone. Both images are in units of the scale that
-    `first_guess` finds in the measurement. Raises ValueError for instruments of different or not square images.
+    `first_guess` finds in the measurement. Phantoms are `PHANTOMS`, or `ellipsoids` in volumes, if none are named.
+    Raises ValueError for instruments of different images, and where these are neither square nor cubes.
     """
     def __init__(self,
-                 instruments: Sequence[LinearOperator], # all for square images of one size
+                 instruments: Sequence[LinearOperator], # all for squares, or cubes, of one size
                  noise: tuple[float, float] = (0, 0.1), # least and most, in units of mean |A x|
                  start: str = "fbp", # what the input is, see `first_guess`
                  seed: int = 0,
-                 phantoms: Sequence[Callable[[int, int], Tensor]] = PHANTOMS, # (size, seed) → image (size, size)
+                 phantoms: Sequence[Callable[[int, int], Tensor]] | None = None, # (size, seed) → image, or volume
                 ):
         shapes = {A.domain_shape for A in instruments}
         if len(shapes) != 1 or len(shape := min(shapes)) not in (2, 3) or len({*shape}) > 1:
             raise ValueError(f"instruments: their images have shapes {sorted(shapes)}; all must have one shape, a square "
                              "or a cube")
+        if phantoms is None: phantoms = PHANTOMS if len(shape) == 2 else (ellipsoids,)
         low, high = (_positive("noise", n, zero=True) for n in noise)
         if low > high: raise ValueError(f"noise={noise}: the least comes first, then the most")
         self.instruments, self.noise = list(instruments), (low, high)
@@ -134,7 +136,7 @@ def nut(size: int, seed: int = 0) -> Tensor:
 
 def cone_scanner(size: int = 32, angles: int = 20) -> ConeTransform:
     "A full turn of `angles` views, of as many bins as cover a cube of `size` voxels, a third more on a side."
-    turn, bins = np.linspace(0, 2 * np.pi, _whole("angles", angles), endpoint=False), 4 * size // 3
+    turn, bins = np.linspace(0, 2 * np.pi, _whole("angles", angles), endpoint=False), 4 * _whole("size", size) // 3
     return cone_beam(turn, (size,) * 3, bins, bins, 2.16 * size / bins, source_origin=3 * size, origin_detector=1.5 * size)
 
 def cone_scanners(size: int = 32) -> list[ConeTransform]:
@@ -202,8 +204,8 @@ def lessons(course: Course, accelerator: Accelerator, pairs: Pairs, batch: int) 
         yield course
 
 # %% ../nbs/16_pretraining.ipynb #04a00014
-def pretrain(instruments: Sequence[LinearOperator], # of square images of one size; each pair draws one of them
-             net: nn.Module | None = None, # `UNet(4, 16)` by default; its weights are drawn anew
+def pretrain(instruments: Sequence[LinearOperator], # of squares or cubes of one size; each pair draws one of them
+             net: nn.Module | None = None, # `UNet(4, 16)`, of images or volumes, by default; its weights are drawn anew
              noise: tuple[float, float] = (0, 0.1), # least and most, in units of mean |A x|
              iterations: int = 20_000, # Adam steps
              batch: int = 4, # pairs in a step, of all processes together
@@ -212,7 +214,7 @@ def pretrain(instruments: Sequence[LinearOperator], # of square images of one si
              seed: int = 0, # of the weights and of all pairs
              resume: str | Path | None = None, # keeps the state of the training; where it exists, it is taken up
              progress: bool = True, # show a bar
-             phantoms: Sequence[Callable[[int, int], Tensor]] = PHANTOMS, # (size, seed) → image (size, size)
+             phantoms: Sequence[Callable[[int, int], Tensor]] | None = None, # see `Pairs`
             ) -> "Pretrained": # with the running mean of the weights
     """Teach a network to turn the input of `reconstruct` into the image, on synthetic pairs that are made on the fly.
 
@@ -224,7 +226,7 @@ def pretrain(instruments: Sequence[LinearOperator], # of square images of one si
     pairs, rate = Pairs(instruments, noise, start, seed, phantoms), _positive("learning_rate", learning_rate)
     iterations, batch, stopped = _whole("iterations", iterations, 20), _whole("batch", batch), "all iterations done"
     if net is None:
-        with seeded(seed): net = UNet(4, 16)
+        with seeded(seed): net = UNet(4, 16, dims=len(pairs.instruments[0].domain_shape))
     net = fresh(net, seed)
     card = dict(network=[type(net).__name__, getattr(net, "settings", None)], iterations=iterations, batch=batch,
                 learning_rate=rate, **pairs.card)

@@ -80,7 +80,8 @@ class Result:
 
     @cached_property
     def root(self) -> np.ndarray: # D (n, H, W)
-        "Deviations of the samples from the mean, divided by √n: D Dᵀ is their covariance."
+        "Deviations of the samples from the mean, divided by √n: D Dᵀ is their covariance. ValueError for a volume."
+        if self.images["image"].ndim == 3: raise ValueError(f"result: a volume; ask one of its {len(self.slices)} slices")
         return (self.samples - self.images["image"]) / np.float32(max(len(self.samples), 1)**0.5)
 
     @cached_property
@@ -90,7 +91,8 @@ class Result:
 
     def array(self, name: str) -> np.ndarray: # (H, W)
         "An image by its name; sample3 is one of the samples, from 0."
-        return self.samples[int(name[6:])] if name.startswith("sample") else self.images[name]
+        number = name.removeprefix("sample")
+        return self.samples[int(number)] if number.isdecimal() else self.images[name]
 
     def deviation(self, top: int, left: int, bottom: int, right: int) -> tuple[np.ndarray, float]: # (n,), norm
         "Dᵀe for the mean of a rectangle, ends included, and the standard deviation of that mean."
@@ -120,7 +122,7 @@ def region(result: Result, top: int, left: int, bottom: int, right: int, # ends 
           ) -> dict[str, str]: # what it is; what is known
     "A pixel, with its error bar, or the mean of a rectangle, with that of the samples, in words."
     *deep, height, width = result.images["image"].shape
-    if deep: raise ValueError(f"result: a volume of {deep[0]} slices; ask one of its `slices`")
+    if deep: raise ValueError(f"result: a volume; ask one of its {deep[0]} slices")
     if not (0 <= top <= bottom < height and 0 <= left <= right < width):
         raise ValueError(f"region: {(top, left, bottom, right)} is not in an image of {(height, width)}")
     single = (top, left) == (bottom, right)
@@ -148,6 +150,7 @@ def about(result: Result) -> dict: # for JSON
         found[words] = dict(density=density.tolist(), z_std=float(np.sqrt(np.square(z).sum() / max(len(z), 1))))
     tenths = result.summary.get("tenths") or []
     ranges = {name: [float(x.min()), float(x.max())] for name, x in result.images.items()}
-    return dict(name=result.name, slices=len(result.slices), height=height, width=width, ranges=ranges, bars="std" in result.images, samples=len(result.samples),
+    return dict(name=result.name, slices=len(result.slices), height=height, width=width, ranges=ranges,
+                bars="std" in result.images, samples=len(result.samples),
                 unit=result.unit, lines=lines, doubts=doubts, rays=found,
                 tenths=tenths if tenths and np.isfinite(tenths).all() else None)

@@ -30,7 +30,7 @@ def share_beyond(Q: Tensor, fresh: Tensor, drawn: Sequence[Tensor]) -> float:
     mean = sum(float(part.square().sum()) for part in drawn) / sum(part.numel() for part in drawn)
     return float(beyond(Q, fresh).norm()) / max((mean * fresh.numel())**0.5, 1e-300)
 
-def spanned(blocks: Iterator[Tensor], # random combinations of the columns of M, (n, b) each, float64
+def spanned(blocks: Iterator[Tensor], # random combinations of the columns of M, (n, b) each, float64, without end
             tolerance: float, # ‖rest‖_F / ‖M‖_F at which the basis is complete
             rank: int, # largest size of the basis, complete or not
            ) -> tuple[Tensor, Tensor, float]: # all that was drawn (n, k), orthonormal basis of M, its error
@@ -38,12 +38,11 @@ def spanned(blocks: Iterator[Tensor], # random combinations of the columns of M,
     drawn = [next(blocks)]
     if not drawn[0].any(): raise ValueError("product: the matrix is zero, so there is nothing to decompose")
     Q = torch.linalg.qr(drawn[0])[0]
-    for fresh in blocks:
-        drawn.append(fresh)
+    while True:
+        drawn.append(fresh := next(blocks))
         error, room = share_beyond(Q, fresh, drawn), min(rank, len(Q)) - Q.shape[1]
-        if error <= tolerance or room <= 0: break
+        if error <= tolerance or room <= 0: return torch.cat(drawn, 1), Q, error
         Q = torch.cat([Q, torch.linalg.qr(beyond(Q, fresh)[:, :room])[0]], 1)
-    return torch.cat(drawn, 1), Q, error
 
 # %% ../nbs/20_spectral.ipynb #59f5a88c
 @dataclass(frozen=True)

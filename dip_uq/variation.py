@@ -53,20 +53,21 @@ def flattest(A: LinearOperator, y: Tensor, weights: Iterable[float], lowest: flo
     walls = [x.new_zeros([n + (d == axis) for axis, n in enumerate(x.shape)]) for d in range(x.ndim)]
     q = [w.narrow(d, 1, x.shape[d] - 1) for d, w in enumerate(walls)] # those between neighbours; the others stay 0
     before: list[Tensor] = []
-    forward, backward = A._apply, A.T._apply # nobody wants derivatives of these products
+    forward, backward = A._apply, A.T._apply
     for weight in weights:
         limit = weight * root / (size * unit)
-        for i in range(steps):
-            if i % 50 == 0 and i < 200: # steps whose lengths change for ever need not arrive
-                now = [x, p, *(e.clone() for e in q)]
-                if before: balance = rebalanced(balance, before, now)
-                before = now
-            up, down = 0.7 / balance, 0.7 * balance
-            p = (forward(ahead) / size).sub_(y).mul_(up).add_(p).div_(1 + up) # in place: small images are all overhead
-            for d, e in enumerate(q): e.add_(ahead.diff(dim=d).mul_(up / root)).clamp_(-limit, limit)
-            slope = (backward(p) / size).add_(sum(map(divergence, walls, range(x.ndim))).div_(root))
-            old, x = x, (x - slope.mul_(down)).clamp_(min=lowest * size / unit)
-            ahead = (2 * x).sub_(old)
+        with torch.no_grad(): # operators may have parameters of their own
+            for i in range(steps):
+                if i % 50 == 0 and i < 200: # steps whose lengths change for ever need not arrive
+                    now = [x, p, *(e.clone() for e in q)]
+                    if before: balance = rebalanced(balance, before, now)
+                    before = now
+                up, down = 0.7 / balance, 0.7 * balance
+                p = (forward(ahead) / size).sub_(y).mul_(up).add_(p).div_(1 + up) # in place, as small images are overhead
+                for d, e in enumerate(q): e.add_(ahead.diff(dim=d).mul_(up / root)).clamp_(-limit, limit)
+                slope = (backward(p) / size).add_(sum(map(divergence, walls, range(x.ndim))).div_(root))
+                old, x = x, (x - slope.mul_(down)).clamp_(min=lowest * size / unit)
+                ahead = (2 * x).sub_(old)
         yield (x * (unit / size)).clamp(min=lowest)
 
 def rebalanced(balance: float, before: list[Tensor], now: list[Tensor]) -> float: # x, p, q

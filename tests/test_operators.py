@@ -726,7 +726,8 @@ def test_level_parallel_rays_are_slices():
     plane, y = parallel_beam(turn, (16, 16), 25), torch.rand(20, 5, 25, dtype=torch.float64)
     def volume(way): return vector_cone(way, 0 * way, u, up, (5, 16, 16), 5, 25, cone=False)
     for k in range(5): torch.testing.assert_close(fbp(volume(way), y)[k], fbp(plane, y[:, k]))
-    assert not has_fbp(volume(way + .01 * up))
+    assert not has_fbp(volume(way + .01 * up)) and not has_fbp(volume(.001 * (way + .01 * up)))
+    assert has_fbp(volume(1000 * way + .1 * up))  # how long a direction is means nothing
 
 
 def test_cones_without_a_plane_have_no_fbp():

@@ -103,3 +103,16 @@ def test_photographs_are_as_bright_as_they_are(name, noise):
     for seed in (1, 2):
         lowest, span, _ = image_range(simulate(walnut(48, seed), operator, noise=noise, seed=0))
         assert lowest == 0 and 0.8 < span < 1.4
+
+
+def test_operators_with_parameters_leave_no_graph():
+    "Of a user's module, say, whose parameters want gradients."
+    class Scaled(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.linspace(0.5, 1.5, 64).view(1, 8, 8))
+        def A(self, x): return self.w * x
+        def A_adjoint(self, y): return self.w * y
+    scan = simulate(torch.rand(8, 8, generator=torch.Generator().manual_seed(0)), as_operator(Scaled(), (8, 8)), noise=0.05)
+    image, _ = tv_reconstruction(scan)
+    assert not image.requires_grad and psnr(image, scan.truth) > 15
