@@ -123,5 +123,5 @@ def cone_beam(
         raise ValueError(f"heights={heights!r}: give a finite number, or one for each of {len(fan.angles)} angles")
     def lifted(places, z): return np.column_stack([places, np.broadcast_to(z, len(places))])
     source, middle, step = fan.vectors()
-    return vector_cone(lifted(source, heights), lifted(middle, heights), lifted(step, 0), lifted(0 * step, height), shape,
-                       rows, bins, pixel_size)
+    vectors = lifted(source, heights), lifted(middle, heights), lifted(step, 0), lifted(0 * step, height)
+    return vector_cone(*vectors, shape, rows, bins, pixel_size)

@@ -53,12 +53,12 @@ def first_guess(scan: Scan, # only the readings that may be fitted are used
     scale = reach(A, rough.abs())
     if not isinstance(start, str): return (_real("start", start, rough.shape).to(rough) / scale)[None, None], scale
     if start not in STARTS: raise ValueError(f"start: {start!r} is unknown; choose one of {', '.join(STARTS)}")
-    if start == "noise":
-        return torch.rand(1, channels, *rough.shape, generator=torch.Generator().manual_seed(seed),
-                          dtype=torch.float32).to(rough), scale
+    shape, g = (1, channels, *rough.shape), torch.Generator().manual_seed(seed)
+    if start == "noise": return torch.rand(shape, generator=g, dtype=torch.float32).to(rough), scale
     if start == "smooth": rough = blur(rough.shape, 4.0)(rough)
     if start == "fbp" and has_fbp(A): rough = fbp(A, y, "hann")
-    if start == "tv" and len(y) > 1: rough = tv_reconstruction(scan.training, -math.inf if negative_range(scan) else 0)[0]
+    signed = start == "tv" and negative_range(scan)
+    if start == "tv" and len(y) > 1: rough = tv_reconstruction(scan.training, -math.inf if signed else 0.0)[0]
     return (rough / scale)[None, None], scale
 
 STARTS = "noise", "cgls", "smooth", "fbp", "tv"

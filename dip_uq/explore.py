@@ -52,7 +52,7 @@ canvas { image-rendering: pixelated; cursor: crosshair; min-height: 60px }
 <label>show <select id="view"></select></label>
 <label>sample <input id="sample" type="range" min="0" max="0" value="0"></label>
 <button id="play" aria-pressed="false">play the samples</button>
-<span>Arrow keys move what is chosen in an image, with Shift its other end; Page Up and Page Down go through a volume.</span>
+<span>Arrow keys move what is chosen in an image, with Shift its other end; Page Up and Page Down turn slices.</span>
 </div>
 <div id="trouble" role="alert"></div>
 <div id="results"></div>

@@ -163,7 +163,7 @@ def turning(g: Rays | Cone) -> tuple[Geometry, Level | None] | None:
     "The scanner of the plane in which the source turns, and of a cone beam its level; None: there is none."
     if isinstance(g, Rays): return (like, None) if (like := circular(g)) else None
     source, size = g.source, np.linalg.norm(g.across, axis=1).min()
-    if not g.fan: source = source / np.linalg.norm(source, axis=1, keepdims=True) * g.bins * size # a way, as long as a row
+    if not g.fan: source = source / np.linalg.norm(source, axis=1, keepdims=True) * g.bins * size  # as long as a row
     plane, middle, step = source[:, 2].mean() * g.fan, g.detector[:, 2].mean(), g.along[:, 2].mean()
     depth, height, width = pixel_sides(g.pixel_size, 3)
     off = [source[:, 2] - plane, g.detector[:, 2] - middle, g.across[:, 2] * g.bins, g.along[:, :2] * g.rows,

@@ -200,8 +200,8 @@ class Solution(ImageOnly):
         ends = {f"interval{100 * level:.0f}": torch.stack(self.interval(level)) for level in (0.68, 0.95)}
         return dict(image=self.image, std=self.std, raw_std=self.raw_std) | ends
 
-    def draws(self, progress: bool = False) -> dict[str, Tensor]: # samples (64 to 256, *image), held_out_z, unused_z (n,)
-        "Posterior images, and errors of rays in units of the standard deviation that was predicted first."
+    def draws(self, progress: bool = False) -> dict[str, Tensor]: # samples (n, *image), held_out_z, unused_z
+        "Posterior images (64 to 256), and errors of rays in units of the standard deviation that was predicted first."
         n = min(256, max(64, 2**22 // self.image.numel()))
         z = dict(held_out_z=self.check.z) | ({} if self.unused is None else dict(unused_z=self.unused.z))
         return dict(samples=self.posterior.sample(n, progress=progress)) | z

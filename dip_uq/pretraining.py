@@ -74,8 +74,8 @@ class Pairs(Dataset):
                 ):
         shapes = {A.domain_shape for A in instruments}
         if len(shapes) != 1 or len(shape := min(shapes)) not in (2, 3) or len({*shape}) > 1:
-            raise ValueError(f"instruments: their images have shapes {sorted(shapes)}; all must have one shape, a square "
-                             "or a cube")
+            raise ValueError(f"instruments: their images have shapes {sorted(shapes)}; all must have one shape, a "
+                             "square or a cube")
         if phantoms is None: phantoms = PHANTOMS if len(shape) == 2 else (ellipsoids,)
         low, high = (_positive("noise", n, zero=True) for n in noise)
         if low > high: raise ValueError(f"noise={noise}: the least comes first, then the most")
@@ -125,7 +125,7 @@ def ellipsoids(size: int, # voxels along each side
     return image
 
 def nut(size: int, seed: int = 0) -> Tensor:
-    "A walnut in space, in [0, 1]: shell, gap, kernel with a hole, a septum across it, air; arguments as of `ellipsoids`."
+    "A walnut in space, in [0, 1]: shell, gap, kernel with a hole, a septum across it, air; see `ellipsoids`."
     rng, (z, y, x) = np.random.default_rng(seed), _places(size)
     phase, lean, hole = rng.uniform(0, 2 * np.pi), rng.uniform(-0.4, 0.4), rng.uniform(-0.35, 0.35, (3, 1, 1, 1))
     radius = ((x / 0.8)**2 + (y / 0.85)**2 + (z / 0.9)**2)**0.5 * (1 + 0.06 * (5 * torch.atan2(y, x) + phase).sin())
@@ -137,7 +137,7 @@ def nut(size: int, seed: int = 0) -> Tensor:
 def cone_scanner(size: int = 32, angles: int = 20) -> ConeTransform:
     "A full turn of `angles` views, of as many bins as cover a cube of `size` voxels, a third more on a side."
     turn, bins = np.linspace(0, 2 * np.pi, _whole("angles", angles), endpoint=False), 4 * _whole("size", size) // 3
-    return cone_beam(turn, (size,) * 3, bins, bins, 2.16 * size / bins, source_origin=3 * size, origin_detector=1.5 * size)
+    return cone_beam(turn, (size,) * 3, bins, bins, 2.16 * size / bins, 3 * size, 1.5 * size)
 
 def cone_scanners(size: int = 32) -> list[ConeTransform]:
     "What `dip-uq pretrain --volumes` teaches: 10, 15, … 30 views by the `cone_scanner`."

@@ -75,13 +75,14 @@ class Result:
     def slices(self) -> "list[Result]":
         "Each slice of a volume by itself; of an image, itself. What follows is asked of these."
         if self.images["image"].ndim == 2: return [self]
-        return [replace(self, images={name: x[i] for name, x in self.images.items()}, samples=self.samples[:, i], slice=i)
-                for i in range(len(self.images["image"]))]
+        def part(i): return {name: x[i] for name, x in self.images.items()}
+        depth = len(self.images["image"])
+        return [replace(self, images=part(i), samples=self.samples[:, i], slice=i) for i in range(depth)]
 
     @cached_property
     def root(self) -> np.ndarray: # D (n, H, W)
         "Deviations of the samples from the mean, divided by √n: D Dᵀ is their covariance. ValueError for a volume."
-        if self.images["image"].ndim == 3: raise ValueError(f"result: a volume; ask one of its {len(self.slices)} slices")
+        if (n := len(self.slices)) > 1: raise ValueError(f"result: a volume; ask one of its {n} slices")
         return (self.samples - self.images["image"]) / np.float32(max(len(self.samples), 1)**0.5)
 
     @cached_property

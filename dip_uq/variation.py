@@ -63,7 +63,7 @@ def flattest(A: LinearOperator, y: Tensor, weights: Iterable[float], lowest: flo
                     if before: balance = rebalanced(balance, before, now)
                     before = now
                 up, down = 0.7 / balance, 0.7 * balance
-                p = (forward(ahead) / size).sub_(y).mul_(up).add_(p).div_(1 + up) # in place, as small images are overhead
+                p = (forward(ahead) / size).sub_(y).mul_(up).add_(p).div_(1 + up) # in place: all is overhead
                 for d, e in enumerate(q): e.add_(ahead.diff(dim=d).mul_(up / root)).clamp_(-limit, limit)
                 slope = (backward(p) / size).add_(sum(map(divergence, walls, range(x.ndim))).div_(root))
                 old, x = x, (x - slope.mul_(down)).clamp_(min=lowest * size / unit)
