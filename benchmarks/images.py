@@ -17,7 +17,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
-from common import Lines, arguments, print_table, some, timed
+from common import Lines, arguments, best_tv, print_table, some, timed
 from PIL import Image, ImageDraw, ImageFont
 from reliability import KINDS
 from scanners import CASES, referenced
@@ -30,7 +30,7 @@ from dip_uq.pipeline import solve
 from dip_uq.pretraining import fan_scanner
 from dip_uq.rays import field_of_view
 from dip_uq.scans import load_htc2022
-from dip_uq.variation import flattest, linear, psnr
+from dip_uq.variation import psnr
 
 
 def low(size, seed):
@@ -74,14 +74,12 @@ def measured(name, which, seed, size):
 def case(name, which, seed, size, iterations):
     "The findings of one scan."
     scan, truth = measured(name, which, seed, size)
-    seen, rays = field_of_view(scan.operator), linear(scan)
+    seen = field_of_view(scan.operator)
     def score(x): return psnr(x[seen], truth[seen])
-    top = 0.3 * float(rays.operator.T(rays.measurement).abs().max())
-    best = max(map(score, flattest(rays.operator, rays.measurement, [top / 2**k for k in range(14)])))
     s, seconds = timed(solve, scan, UNet(4, 16), iterations=iterations, seed=seed, progress=False)
     flat, seconds_tv = timed(lambda: s.tv)
     error, std = (s.image - truth)[seen], s.std[seen]
-    return dict(psnr_fbp=score(s.fbp), psnr_tv=best, psnr_tv_held_out=score(flat), psnr_dip=score(s.recon.image),
+    return dict(psnr_fbp=score(s.fbp), psnr_tv=best_tv(scan, score), psnr_tv_held_out=score(flat), psnr_dip=score(s.recon.image),
                 psnr=score(s.image), z=z_std(error, std), coverage=coverage(error, std), verdict=s.verdict,
                 left=s.fit_rms_over_noise, iteration=s.recon.settings["iteration"], seconds_tv=seconds_tv,
                 seconds_fit=s.seconds["dip"], seconds=seconds)

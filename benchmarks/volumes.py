@@ -10,16 +10,15 @@ cone…       a nut of 24³, 48³ or 64³ voxels by 20 views of a cone beam, a t
             Each is a process of its own, so that its peak of memory is its own.
 """
 import json
-import math
-import subprocess
-import sys
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter, process_time
 
 import numpy as np
-import torch
-from common import arguments, some, timed, write
+from common import arguments, best_tv, some, timed, write
 
 from dip_uq.data import simulate
 from dip_uq.files import peak_memory_mb, versions
@@ -27,7 +26,7 @@ from dip_uq.networks import UNet
 from dip_uq.pipeline import solve
 from dip_uq.pretraining import cone_scanner, nut
 from dip_uq.rays import parallel_beam
-from dip_uq.variation import flattest, linear, psnr
+from dip_uq.variation import psnr
 from dip_uq.volumes import solve_volume
 
 
@@ -58,18 +57,11 @@ def scheduler(tasks=10_000):
     return dict(tasks=tasks, seconds_to_submit=handed, tasks_per_second=tasks / seconds)
 
 
-def best_tv(scan, weights=14):
-    "The best PSNR of total variation, which no one has who does not know the truth."
-    scan = linear(scan)
-    top = 0.3 * float(scan.operator.T(scan.measurement).abs().max())
-    return max(psnr(x, scan.truth) for x in flattest(scan.operator, scan.measurement, (top / 2**k for k in range(weights))))
-
-
 def cone(size, seed, start, iterations):
     scan, began = simulate(nut(size, seed), cone_scanner(size), noise=0.05, seed=seed), process_time()
     s = solve(scan, UNet(3, 8, dims=3), iterations=iterations, learning_rate=1e-2, start=start, seed=seed)
     cpu, memory, found = process_time() - began, peak_memory_mb(), s.summary()
-    return dict(seconds=s.seconds, cpu_seconds=cpu, peak_memory_mb=memory, psnr_fdk=found["psnr_fbp"], psnr_tv=best_tv(scan),
+    return dict(seconds=s.seconds, cpu_seconds=cpu, peak_memory_mb=memory, psnr_fdk=found["psnr_fbp"], psnr_tv=best_tv(scan, partial(psnr, truth=scan.truth)),
                 psnr_tv_heldout=found["psnr_tv"], rays=found["d_y"], kept=found["evidence"]["rays"], voxels=found["d_x"],
                 **{k: found[k] for k in ("psnr", "psnr_dip", "ssim", "zstd", "coverage95", "log_likelihood", "miscalibration", "heldout_zstd",
                                          "verdict", "doubts", "parameters")})
@@ -77,9 +69,7 @@ def cone(size, seed, start, iterations):
 
 def apart(*case):
     "What `cone` finds, in a process of its own."
-    code = f"import json, volumes; print('found', json.dumps(volumes.cone(*{case!r})))"
-    told = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True, check=True).stdout
-    return json.loads(told.rpartition("found ")[2])
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool: return pool.submit(cone, *case).result()
 
 
 def main():

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from .operators import _check_positive, _check_shape
-from .rays import Geometry, ViewTransform, _check_points, _each_view, _nearest, pixel_sides, ray_matrix
+from .rays import Geometry, ViewTransform, _check_points, _each_view, _nearest, _turns, pixel_sides, ray_matrix
 
 # %% ../nbs/04_cone.ipynb #c0e00006
 @dataclass(frozen=True, eq=False)
@@ -47,8 +47,7 @@ class Cone:
     @property
     def angles(self) -> np.ndarray:
         "(views,) radians: where rays through the volume's centre go, seen from above, 0: upwards in a slice."
-        x, y, _ = self.source.T
-        return np.arctan2(x, -y) if self.fan else np.arctan2(-x, y)
+        return _turns(self.source, self.fan)
 
     @property
     def directions(self) -> np.ndarray:
@@ -75,10 +74,11 @@ class Cone:
                        along=self.along[chosen])
 
 
+# %% ../nbs/04_cone.ipynb #c0e00007
 class ConeTransform(ViewTransform):
     "Of a volume: (D, H, W) -> (views, rows, bins), with a `Cone` for its geometry."
 
-# %% ../nbs/04_cone.ipynb #c0e00007
+
 def vector_cone(
     source,  # (views, 3) place of the source, (x, y, z) from the volume's centre; of parallel rays, which way they go
     detector,  # (views, 3) place of the middle of the flat detector

@@ -57,8 +57,8 @@ def first_guess(scan: Scan, # only the readings that may be fitted are used
     if start == "noise": return torch.rand(shape, generator=g, dtype=torch.float32).to(rough), scale
     if start == "smooth": rough = blur(rough.shape, 4.0)(rough)
     if start == "fbp" and has_fbp(A): rough = fbp(A, y, "hann")
-    signed = start == "tv" and negative_range(scan)
-    if start == "tv" and len(y) > 1: rough = tv_reconstruction(scan.training, -math.inf if signed else 0.0)[0]
+    if start == "tv" and len(y) > 1:
+        rough = tv_reconstruction(scan.training, -math.inf if negative_range(scan) else 0.0)[0]
     return (rough / scale)[None, None], scale
 
 STARTS = "noise", "cgls", "smooth", "fbp", "tv"

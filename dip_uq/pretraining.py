@@ -119,7 +119,7 @@ def ellipsoids(size: int, # voxels along each side
         way = (places - torch.tensor(centre).float()) @ torch.tensor(turn / radii).float()
         share = ((1 - way.norm(dim=-1)) * radii.min() * size / 2 + 0.5).clamp(0, 1)
         image.lerp_(torch.tensor(float(rng.uniform())), share)
-    body = rng.uniform(0.55, 0.95, 3)
+    body = rng.uniform(0.5, 0.9, 3)
     for k in range(rng.integers(1, 4)): paint(np.zeros(3), body * rng.uniform(0.75, 0.95)**k)
     for _ in range(rng.integers(5, 16)): paint(body * rng.uniform(-0.5, 0.5, 3), np.exp(rng.uniform(-3.5, -1, 3)))
     return image
@@ -134,6 +134,7 @@ def nut(size: int, seed: int = 0) -> Tensor:
     for outer, grey in (0.74, 0.1), (0.82, 1.0), (1.0, 0.0): image[radius >= outer] = grey
     return image
 
+# %% ../nbs/16_pretraining.ipynb #04a000e3
 def cone_scanner(size: int = 32, angles: int = 20) -> ConeTransform:
     "A full turn of `angles` views, of as many bins as cover a cube of `size` voxels, a third more on a side."
     turn, bins = np.linspace(0, 2 * np.pi, _whole("angles", angles), endpoint=False), 4 * _whole("size", size) // 3

@@ -205,6 +205,11 @@ def _each_view(axes, **vectors):
                              f"{len(axes)})")
     return vectors
 
+def _turns(source, fan):
+    "Radians: where rays through the centre go, 0: upwards; from `source`, or along it where they are parallel."
+    x, y = source.T[:2] * (1 if fan else -1)
+    return np.arctan2(x, -y)
+
 def _nearest(places, way):
     "`way` with length 1, and where lines along it through `places` pass the centre."
     way = way / np.linalg.norm(way, axis=-1, keepdims=True)
@@ -379,8 +384,7 @@ class Views(Rays):
     def __post_init__(self):
         for name, value in _each_view("xy", source=self.source, detector=self.detector, step=self.step).items():
             object.__setattr__(self, name, value)
-        x, y = self.source.T
-        object.__setattr__(self, "angles", np.arctan2(x, -y) if self.fan else np.arctan2(-x, y))
+        object.__setattr__(self, "angles", _turns(self.source, self.fan))
         _check_shape("bins", self.bins)
         _check_shape("rays_per_bin", self.rays_per_bin)
         pixel_sides(self.pixel_size)

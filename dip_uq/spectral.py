@@ -22,7 +22,7 @@ def beyond(Q: Tensor, columns: Tensor) -> Tensor: # (n, k) orthonormal, (n, b) â
 
 def strip(Q: Tensor, columns: Tensor) -> Tensor:
     "The same in place; twice, as once would leave some, by rounding."
-    for _ in range(2 if Q.shape[1] else 0): columns.addmm_(Q, Q.T @ columns, alpha=-1)
+    for _ in range(2): columns.addmm_(Q, Q.T @ columns, alpha=-1)
     return columns
 
 def share_beyond(Q: Tensor, fresh: Tensor, drawn: Sequence[Tensor]) -> float:

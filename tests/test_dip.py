@@ -454,7 +454,7 @@ def test_the_range_is_that_of_the_field_of_view_where_the_image_reaches_far_beyo
 
 
 def test_the_flattest_image_as_input_knows_no_held_out_ray(tmp_path):
-    "It is that of the readings to be fitted, in units of the scale; a run resumed from it is the same run."
+    "It is that of the readings to be fitted, in units of the scale; a fit from it is loaded as it was saved."
     scan = simulate(TRUTH, OPERATORS["rays"], noise=0.05, seed=1).hold_out(3)
     z, scale = first_guess(scan, "tv")
     torch.testing.assert_close(scale * z[0, 0], tv_reconstruction(scan.training)[0])
