@@ -6,8 +6,7 @@
 __all__ = ['STARTS', 'STOPS', 'ITERATIONS', 'STATE_SECONDS', 'FIGURE_SECONDS', 'SHARE', 'first_guess', 'picture', 'mean_reading',
            'gaussian', 'signal', 'misfit', 'Run', 'descend', 'moving_variance', 'score', 'choose_iterate',
            'Reconstruction', 'check_same_scan', 'revive', 'run_tensors', 'restore_run', 'every', 'keep_state',
-           'draw_run', 'follow', 'noise_level', 'tv_for_noise', 'tv_of_flattest', 'range_and_weight', 'check_arguments',
-           'reconstruct']
+           'draw_run', 'follow', 'noise_level', 'tv_for_noise', 'range_and_weight', 'check_arguments', 'reconstruct']
 
 # %% ../nbs/13_dip.ipynb #3b50f94f
 import copy
@@ -38,11 +37,12 @@ from .variation import amplitude, image_range, psnr, total_variation, tv_reconst
 def first_guess(scan: Scan, # only the readings that may be fitted are used
                 start: str | ArrayLike = "noise", # one of `STARTS`, or an image
                 seed: int = 0, # of the noise
-                channels: int = 1, # of the noise
+                channels: int = 1, # of the input: besides an image, which is the last one, all others are noise
                ) -> tuple[Tensor, float]:
     """The network's input z (1, channels, *image), about 1 in size, and the scale: image units for a unit of output.
 
-    Without a filtered back-projection (`has_fbp`) "fbp" starts as "cgls" does; so does "tv" with one projection.
+    An image beside noise is a quarter as large: the network leans on it less. Without a filtered back-projection
+    (`has_fbp`) "fbp" starts as "cgls" does; so does "tv" with one projection.
 
     Raises ValueError where nothing was measured, or where `start` is no name and no image of the scan's shape.
     """
@@ -51,15 +51,17 @@ def first_guess(scan: Scan, # only the readings that may be fitted are used
     rough = cgls(A, y, 10)
     _check_peak(y, float(rough.abs().max()))
     scale = reach(A, rough.abs())
-    if not isinstance(start, str): return (_real("start", start, rough.shape).to(rough) / scale)[None, None], scale
-    if start not in STARTS: raise ValueError(f"start: {start!r} is unknown; choose one of {', '.join(STARTS)}")
-    shape, g = (1, channels, *rough.shape), torch.Generator().manual_seed(seed)
-    if start == "noise": return torch.rand(shape, generator=g, dtype=torch.float32).to(rough), scale
+    g = torch.Generator().manual_seed(seed)
+    noise = torch.rand((1, channels, *rough.shape), generator=g, dtype=torch.float32).to(rough)
+    if not isinstance(start, str): rough = _real("start", start, rough.shape).to(rough)
+    elif start not in STARTS: raise ValueError(f"start: {start!r} is unknown; choose one of {', '.join(STARTS)}")
+    if start == "noise": return noise, scale
     if start == "smooth": rough = blur(rough.shape, 4.0)(rough)
     if start == "fbp" and has_fbp(A): rough = fbp(A, y, "hann")
     if start == "tv" and len(y) > 1:
         rough = tv_reconstruction(scan.training, -math.inf if negative_range(scan) else 0.0)[0]
-    return (rough / scale)[None, None], scale
+    noise[0, -1] = rough / (scale if channels == 1 else 4 * scale)
+    return noise, scale
 
 STARTS = "noise", "cgls", "smooth", "fbp", "tv"
 
@@ -365,22 +367,19 @@ def tv_for_noise(scan: Scan) -> float:
     return 4 * noise_level(scan) / readings
 
 # %% ../nbs/13_dip.ipynb #bdc75633
-def tv_of_flattest(scan: Scan, weight: float, scale: float) -> float:
-    "γ of twice the λ in ½‖Ax − y‖² + λ |x|_TV, for the readings that may be fitted."
-    return 4 * weight * scale / float(scan.training.measurement.double().square().sum())
-
 def range_and_weight(scan: Scan, scale: float, tv: float | None, taught: Tensor | None = None,
                      judges: bool = False) -> tuple[float, float, float]:
     """Lowest value of the image, range above it, and γ where it is not given.
 
     `taught` is what an educated network makes of the scan; its range is the one with which that explains the scan best.
-    γ is `tv_for_noise` where the noise is known, and else `tv_of_flattest`; held-out projections choose its weight if
-    they are `judges`. Of one projection there is no flattest image, and `scale` is the range.
+    γ is `tv_for_noise` where the noise is known, and else that of twice the λ of the flattest image, whose weight
+    held-out projections choose if they are `judges`. Of one projection there is none, and `scale` is the range.
     """
     known, few = scan.poisson or scan.level is not None, len(scan.training.measurement) < 2
     lowest, span, weight = (0.0, scale, None) if few else image_range(scan, judges and not known)
     if taught is not None and not lowest and (factor := amplitude(scan, taught)) > 0: span = factor
-    if tv is None: tv = tv_for_noise(scan) if known or weight is None else tv_of_flattest(scan, weight, span)
+    if tv is None: tv = (tv_for_noise(scan) if known or weight is None else
+                         4 * weight * span / float(scan.training.measurement.double().square().sum()))
     return lowest, span, tv
 
 # %% ../nbs/13_dip.ipynb #16a6af29

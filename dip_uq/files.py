@@ -130,7 +130,8 @@ class State:
 
 # %% ../nbs/00_files.ipynb #d1055a02
 LOCK = "dip_uq.lock"
-PIECE = re.compile(r"(fit|[a-z]+(-\d+)?-[0-9a-f]{16})\.safetensors((\.[0-9a-f]{8})?\.part)?|" + re.escape(LOCK))
+PIECE = re.compile(r"(fit(_[a-z]+)?|[a-z]+(-\d+)?-[0-9a-f]{16})\.safetensors((\.[0-9a-f]{8})?\.part)?|" +
+                   re.escape(LOCK))
 
 def foreign(folder: Path) -> list[str]:
     "The names of what no run keeps in the folder of its state."
@@ -145,10 +146,9 @@ def check_state(name: str, folder: Path) -> None:
                          "write; move that, or choose another folder")
 
 def remove_pieces(folder: Path) -> None:
-    "The fit first: whatever may be left of the others, if this is interrupted, stands in nobody's way."
-    others = {*foreign(folder), LOCK, "fit.safetensors"}
-    (folder / "fit.safetensors").unlink(missing_ok=True)
-    for path in folder.iterdir():
+    "The fits first: whatever may be left of the others, if this is interrupted, stands in nobody's way."
+    others = {*foreign(folder), LOCK}
+    for path in sorted(folder.iterdir(), key=lambda path: not path.name.startswith("fit")):
         if path.name not in others: path.unlink(missing_ok=True)
 
 def take_lock(file: int) -> bool:

@@ -11,7 +11,7 @@ from matplotlib.colors import to_rgb
 from selenium.webdriver.common.keys import Keys
 
 pytestmark = needs_chromium
-NOTEBOOK = "32_widgets.ipynb"
+NOTEBOOK = "33_widgets.ipynb"
 
 # The explorers in the order of the notebook: how many of their controls are sliders, choices, numbers to type, players
 EXPLORERS = dict(wave=(2, 0, 0, 1), train=(1, 0, 0, 1), weights=(3, 0, 0, 0), dreams=(14, 1, 0, 0), hills=(1, 0, 1, 0),
