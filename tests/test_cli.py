@@ -1,5 +1,6 @@
 """The command line where the terminal, the machine or the program is at fault. Mistakes of its user are in the notebook."""
 import io
+import json
 import os
 import runpy
 import signal
@@ -142,3 +143,11 @@ def test_an_interruption_after_the_results_is_none(tmp_path):
             time.sleep(0.02)
         assert "Traceback" not in process.stderr.read()
     assert process.returncode == 0
+
+
+def test_several_starts(tmp_path):
+    "Each is fitted, the summary says which was better, and nothing but the result is left."
+    assert not main(["demo", "--size", "16", "--angles", "9", *SMALL, "--image-only", "--start", "noise", "tv", "--out", str(tmp_path)])
+    told = json.loads((tmp_path / "summary.json").read_text())["reconstruction"]
+    assert told["start"] == min(told["tried"], key=told["tried"].get) and list(told["tried"]) == ["noise", "tv"]
+    assert not any((tmp_path / "state").glob("*.safetensors"))
