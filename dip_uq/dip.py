@@ -53,7 +53,7 @@ def first_guess(scan: Scan, # only the readings that may be fitted are used
     scale = reach(A, rough.abs())
     g = torch.Generator().manual_seed(seed)
     noise = torch.rand((1, channels, *rough.shape), generator=g, dtype=torch.float32).to(rough)
-    if not isinstance(start, str): rough = _real("start", start, rough.shape).to(rough)
+    if not isinstance(start, str): rough, start = _real("start", start, rough.shape).to(rough), "image"
     elif start not in STARTS: raise ValueError(f"start: {start!r} is unknown; choose one of {', '.join(STARTS)}")
     if start == "noise": return noise, scale
     if start == "smooth": rough = blur(rough.shape, 4.0)(rough)

@@ -220,7 +220,7 @@ def test_killed_again_and_again(tmp_path):
     for _ in range(20):
         process = processes.Process(target=run_with_state, args=(state,))
         process.start()
-        process.join(rng.uniform(0.1, 1.0) if kills < 8 else 120)
+        process.join(rng.uniform(0.1, 0.7) if kills < 8 else 120)
         if process.exitcode == 0: break
         process.kill()
         process.join()

@@ -309,7 +309,7 @@ REFUSED = {"'slope' is neither": Slope, "'1.weight' is neither": lambda: nn.Sequ
 
 @pytest.mark.parametrize("message", REFUSED)
 def test_networks_are_refused_before_the_fit(recon, message, monkeypatch):
-    monkeypatch.setattr("dip_uq.pipeline.reconstruct", lambda *args, **options: pytest.fail("the fit has begun"))
+    monkeypatch.setattr("dip_uq.pipeline.reconstruct_from", lambda *args, **options: pytest.fail("the fit has begun"))
     with pytest.raises(ValueError, match=message): solve(recon.scan, REFUSED[message](), progress=False)
 
 
@@ -319,7 +319,7 @@ def test_the_default_network_is_made_only_after_the_arguments_are_checked(recon,
         solve(recon.scan, educated=True)
     line = as_operator(torch.eye(12), domain_shape=(12,), range_shape=(12,))
     with pytest.raises(ValueError, match=r"images have shape \(12,\)"): solve(Scan(torch.ones(12), line, noise_std=0.1))
-    monkeypatch.setattr("dip_uq.pipeline.reconstruct", lambda *args, **options: pytest.fail("the fit has begun"))
+    monkeypatch.setattr("dip_uq.pipeline.reconstruct_from", lambda *args, **options: pytest.fail("the fit has begun"))
     before = torch.get_rng_state()
     with pytest.raises(pytest.fail.Exception): solve(recon.scan, progress=False)
     assert torch.equal(torch.get_rng_state(), before)
