@@ -28,7 +28,6 @@ from torch import nn
 from .data import Scan, _whole
 from .files import State, as_path, check_folder, digest, load_tensors, locked, save_tensors, write_whole
 from .formats import count_rows
-from .networks import UNet
 from .pipeline import check_bars, check_fit, solve
 from .plotting import bar
 from .rays import pixel_sides
