@@ -26,7 +26,7 @@ def starts_of(start: Any) -> list: # a name, an image, None, or several names
     return list(start) if several else [start]
 
 def reconstruct_from(scan: Scan,
-                     net: nn.Module | None = None, # see `reconstruct`; with two channels of input, noise stands beside an image
+                     net: nn.Module | None = None, # with two channels of input, noise stands beside an image
                      start: Any = ("noise", "tv"), # several names of `STARTS`; or anything that `reconstruct` takes
                      resume: str | Path | None = None, # as for `reconstruct`; each of several starts has its own file
                      **fit: Any, # see `reconstruct`

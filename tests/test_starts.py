@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dip_uq import starts
+from dip_uq import dip, starts
 from dip_uq.data import simulate, walnut
 from dip_uq.dip import first_guess, reconstruct
 from dip_uq.networks import UNet
@@ -80,6 +80,18 @@ def test_solve_goes_on_where_the_second_fit_was_interrupted(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"fit_noise.safetensors"}
     resumed = solve_image(SCAN, Stops(2, 4), start=BOTH, state=tmp_path, **FIT)
     assert torch.equal(resumed.image, whole.image) and resumed.recon.settings == whole.recon.settings
+
+
+def test_a_fit_goes_on_where_threads_add_up_in_another_order(tmp_path, monkeypatch):
+    "What total variation finds is another then, by rounding; the first one counts."
+    options = dict(net=UNet(2, 4), start="tv", stop="heldout", resume=tmp_path / "fit.safetensors")
+    whole = reconstruct(SCAN, **options | dict(resume=None), **FIT)
+    reconstruct(SCAN, **options, **FIT)
+    monkeypatch.setattr(dip, "first_guess", lambda *args: (first_guess(*args)[0] + 1e-6, first_guess(*args)[1]))
+    again = reconstruct(SCAN, **options, **FIT)
+    assert torch.equal(again.z, whole.z) and torch.equal(again.image, whole.image)
+    monkeypatch.setattr(dip, "first_guess", lambda *args: (first_guess(*args)[0] + 0.1, first_guess(*args)[1]))
+    with pytest.raises(ValueError, match="a run on another scan; repeat its arguments"): reconstruct(SCAN, **options, **FIT)
 
 
 def test_a_result_says_what_was_tried(tmp_path):

@@ -17,6 +17,7 @@ from pathlib import Path
 from threading import Barrier
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from torch import nn
@@ -283,6 +284,7 @@ def test_one_process_at_a_time(tmp_path, capsys):
     process = start(tmp_path / "out")
     assert wait_for(process, tmp_path / "out", "evidence")
     os.kill(process.pid, signal.SIGSTOP)
+    while psutil.Process(process.pid).status() != psutil.STATUS_STOPPED: time.sleep(0.01)  # it may be writing yet
     pieces = sorted((tmp_path / "out" / "state").iterdir())
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(cli, "solve", lambda *args, **options: pytest.fail("it runs"))
