@@ -11,7 +11,7 @@ case; called again with the same file, it goes on where it stopped, and prints t
 tv            the best of fourteen weights, chosen by the truth, which favours it, from all projections
 tv_held_out   `tv_reconstruction`: the weight that predicts held-out projections best
 dip, solve    the network's fit (UNet(4, 16), 5/6 of the projections), and the image that `solve` returns; from several starts the one that was
-              chosen. That an image stands beside noise at a quarter of its size, and the rate of its fit, were chosen on other seeds of wires and texture
+              chosen. That an image stands beside noise at a quarter of its size, and the rate of its fit, were chosen on wires and texture
 """
 from pathlib import Path
 
