@@ -22,11 +22,11 @@ def starts_of(start: Any) -> list: # a name, an image, None, or several names
     "The starts that are asked for, one after the other; ValueError where there are several, and one is unknown."
     several = isinstance(start, (list, tuple)) and len(start) > 0 and all(isinstance(s, str) for s in start)
     for name in start if several else ():
-        if name not in STARTS: raise ValueError(f"start: {name!r} is unknown; choose of {', '.join(STARTS)}")
+        if name not in STARTS: raise ValueError(f"start: {name!r} is unknown; choose one of {', '.join(STARTS)}")
     return list(start) if several else [start]
 
 def reconstruct_from(scan: Scan,
-                     net: nn.Module | None = None, # with two channels of input, noise stands beside an image
+                     net: nn.Module | None = None, # `UNet()`, or with two input channels: noise beside an image
                      start: Any = ("noise", "tv"), # several names of `STARTS`; or anything that `reconstruct` takes
                      resume: str | Path | None = None, # as for `reconstruct`; each of several starts has its own file
                      **fit: Any, # see `reconstruct`
