@@ -12,6 +12,7 @@ import pytest
 import torch
 from scipy.stats import multivariate_normal
 
+from dip_uq.dip import reconstruct
 from dip_uq.networks import UNet
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
@@ -95,3 +96,38 @@ def test_discs_go_on_where_they_stopped(tmp_path, monkeypatch, capsys):
     for key in "value", "rays_z", "z", "coverage95": assert profile[0][key] == pytest.approx(first[key], rel=1e-3)
     assert profile[1]["z"] < 0.1 and profile[1]["value"] < first["value"]
     assert "rays_z" in capsys.readouterr().out
+
+
+@pytest.fixture
+def variants(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    return importlib.import_module("variants")
+
+
+def test_ours_among_the_variants_is_ours(variants):
+    scan, _ = variants.load("walnut", 0, 32, 6)
+    seen = []
+    image = variants.ours(scan, 3, seen.append, iterations=12)
+    assert len(seen) == 12 and torch.equal(image, reconstruct(scan, UNet(4, 16), iterations=12, seed=3, progress=False).image)
+
+
+def test_variants_differ_as_they_should(variants):
+    "The first image is that of fresh weights, whatever is minimised; the second one depends on it."
+    scan, _ = variants.load("walnut", 0, 32, 6)
+    fits = {method: list(variants.rival(scan, method, 1e-2, 0, 7)) for method in ("dip", "dip-tv", "aseq")}
+    assert torch.equal(fits["dip"][0], fits["aseq"][0]) and torch.equal(fits["dip"][0], fits["dip-tv"][0])
+    assert not torch.equal(fits["dip"][2], fits["aseq"][2])
+    A, y = scan.operator, scan.measurement
+    for method in variants.RIVALS:
+        first, *_, last = variants.rival(scan, method, 1e-2, 0, 60)
+        assert (A(last) - y).norm() < 0.7 * (A(first) - y).norm(), method
+
+
+def test_variance_stops_where_images_stay_alike(variants):
+    "Images that move less and less until the 150th, and then more and more: a window of 100 is stillest soon after the 200th."
+    place = torch.arange(2000.)
+    images = (place - 150).square()[:, None, None] * torch.ones(2, 2) * 1e-3
+    curve = variants.Curve(lambda x: float(x.mean()))
+    score, at, _ = variants.chosen(images, 1e6, curve)
+    assert abs(at - 199) <= 1 and score == pytest.approx(float(images[at].mean()))
+    assert curve.steps == 2000 and len(curve) == 40
