@@ -143,7 +143,8 @@ def create_volume(out: Path, depth: int, scan: Scan, settings: dict, distance: f
         first = [0.0, 0.0, *((2**level - 1) / 2 * side for side in sides)]
         scale = [half * step for half, step in zip(halves, [1.0, *steps])]
         return [dict(type="scale", scale=scale), dict(type="translation", translation=first)]
-    axes = [dict(name="c", type="channel")] + [dict(name=name, type="space") for name in "zyx"]
+    unit = {"1/mm": dict(unit="millimeter"), "1/nm": dict(unit="nanometer")}.get(scan.unit, {}) # otherwise unknown
+    axes = [dict(name="c", type="channel")] + [dict(name=name, type="space", **unit) for name in "zyx"]
     levels = [dict(path=str(level), coordinateTransformations=places(level)) for level in range(len(shapes))]
     if not about:
         name = scan.name or "volume"

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from multiprocessing import forkserver
 from pathlib import Path
@@ -116,6 +117,7 @@ def test_neighbours_educate(tmp_path):
 
 def test_the_pyramid_is_of_means_and_opens_elsewhere(tmp_path):
     scan = simulate(walnut(97, 0), parallel_beam([0.0], (97, 97), 10, pixel_size=0.5), noise=0.05)
+    scan = replace(scan, unit="1/mm")
     out, fine = tmp_path / "v.zarr", torch.rand(2, 2, 97, 97)
     create_volume(out, 2, scan, {}, distance=2.0)
     group = zarr.open_group(out)
@@ -126,6 +128,7 @@ def test_the_pyramid_is_of_means_and_opens_elsewhere(tmp_path):
     np.testing.assert_allclose(coarse[..., :48, :48], fine[..., :96, :96].unflatten(2, (48, 2)).unflatten(4, (48, 2)).mean((3, 5)), rtol=1e-5)
     np.testing.assert_allclose(coarse[..., 48, 48], fine[..., 96, 96], rtol=1e-6)  # a corner is its own mean, not a quarter of it
     first, second = group.attrs["ome"]["multiscales"][0]["datasets"]
+    assert [axis.get("unit") for axis in group.attrs["ome"]["multiscales"][0]["axes"]] == [None, *3 * ["millimeter"]]
     assert second["coordinateTransformations"] == [dict(type="scale", scale=[1.0, 2.0, 1.0, 1.0]), dict(type="translation", translation=[0, 0, 0.25, 0.25])]
     reader, io = (pytest.importorskip(f"ome_zarr.{name}", reason="ome-zarr is not installed") for name in ("reader", "io"))
     found, = (node for node in reader.Reader(io.parse_url(out))() if node.data)
