@@ -55,12 +55,18 @@ def _twice(g):
 
 # %% ../nbs/05_fbp.ipynb #cea100c0
 def _unweighted(y, weights):
-    "Readings divided by their weights; those without any are filled in, linearly between their neighbours of a view."
+    "Readings divided by their weights; those without any are filled in, and so are rows of a detector without any."
     if weights is None: return y
-    y = y / torch.as_tensor(np.where(weights > 0, weights, 1)).to(y)
-    bins = np.arange(weights.shape[-1])
-    last = np.maximum.accumulate(np.where(weights > 0, bins, -1), -1)  # the last known one up to here, -1 if none
-    following = np.minimum.accumulate(np.where(weights > 0, bins, len(bins))[..., ::-1], -1)[..., ::-1]
+    known = weights > 0
+    y = _filled(y / torch.as_tensor(np.where(known, weights, 1)).to(y), known)
+    return y if known.ndim < 3 else _filled(y.mT, known.any(-1)[:, None]).mT
+
+
+def _filled(y, known):
+    "Readings that are not `known`, linearly between the nearest ones along the last axis that are; 0 if there is none."
+    bins = np.arange(known.shape[-1])
+    last = np.maximum.accumulate(np.where(known, bins, -1), -1)  # the last known one up to here, -1 if none
+    following = np.minimum.accumulate(np.where(known, bins, len(bins))[..., ::-1], -1)[..., ::-1]
     left, right = np.where(last < 0, following, last), np.where(following == len(bins), last, following)
     share = (bins - left) / np.maximum(right - left, 1)
     left, right = (torch.as_tensor(k.clip(0, len(bins) - 1), device=y.device).expand(y.shape) for k in (left, right))
