@@ -35,25 +35,33 @@ def save_scan(scan: Scan,  # of a `parallel_beam`, `fan_beam` or `vector_beam`
               path: str | Path,  # ends in .npz
              ) -> None:
     "Write the documented .npz layout, which `load_scan` reads, whole or not at all."
+    if as_path("path", path).suffix != ".npz": raise ValueError(f"path={str(path)!r} must end in .npz")
+    fields = _layout(scan) | {f"{_UNUSED}{key}": value for key, value in _layout(scan.unused).items()}
+    write_by(path, lambda f: np.savez_compressed(f, **fields))
+
+_UNUSED = "unused." # how fields of the scan of unused projections begin
+
+def _layout(scan: Scan | None) -> dict[str, Any]:
+    "The fields that describe `scan`, but for what is unused; ValueError where they cannot."
+    if scan is None: return {}
     if not isinstance(scan.operator, RayTransform):
         raise ValueError(f"scan.operator is a {type(scan.operator).__name__}, but only a RayTransform fits into .npz")
     if scan.poisson and scan.blank is None:
         raise ValueError("scan.poisson: the .npz layout holds line integrals, or counts with a blank, not emissions")
-    if as_path("path", path).suffix != ".npz": raise ValueError(f"path={str(path)!r} must end in .npz")
     g, shape = scan.operator.geometry, scan.operator.domain_shape
     reading = "measurement" if scan.blank is None else "counts"
     tensors = {reading: scan.measurement, "truth": scan.truth, "noise_std": scan.noise_std, "valid": scan.valid,
                "blank": scan.blank}
     fields: dict[str, Any] = dict(geometry="fan" if g.fan else "parallel", pixel_size=g.pixel_size,
                                   rays_per_bin=g.rays_per_bin, size=shape[0] if len({*shape}) == 1 else shape,
-                                  unit=scan.unit, name=scan.name, held_out=np.array(scan.held_out, int))
+                                  unit=scan.unit, name=scan.name, held_out=np.array(scan.held_out, int),
+                                  neighbour_noise=scan.neighbour_noise)
     if isinstance(g, Geometry) and not g.tilt:
         fields |= dict(angles=np.rad2deg(g.angles), bin_size=g.bin_size, centre=g.centre,
                        source_origin=g.source_origin, origin_detector=g.origin_detector)
     else: fields |= dict(zip(_VECTORS, g.vectors()))
     fields |= {key: value.numpy(force=True) if torch.is_tensor(value) else value for key, value in tensors.items()}
-    known = {key: value for key, value in fields.items() if value is not None}
-    write_by(path, lambda f: np.savez_compressed(f, **known))
+    return {key: value for key, value in fields.items() if value is not None}
 
 # %% ../nbs/10_scans.ipynb #b921e286
 def _check_known(fields: Mapping, where: str) -> None:
@@ -65,7 +73,7 @@ def _check_known(fields: Mapping, where: str) -> None:
 
 _CIRCLE, _VECTORS = ("angles", "bin_size", "centre", "source_origin", "origin_detector"), ("source", "detector", "step")
 _FIELDS = ("measurement", "counts", "blank", "geometry", *_CIRCLE, *_VECTORS, "pixel_size", "size", "rays_per_bin",
-           "truth", "noise_std", "valid", "held_out", "unit", "name")
+           "truth", "noise_std", "valid", "held_out", "neighbour_noise", "unit", "name")
 
 def _field(fields: Mapping, key: str, where: str) -> Any:
     if not isinstance(fields, Mapping) or key not in fields:
@@ -76,6 +84,9 @@ def _field(fields: Mapping, key: str, where: str) -> Any:
 def _scan_from(fields: Mapping, where: str, angles: int | None = None, size: int | None = None,
                bins: int | None = None) -> Scan:
     "The scan that `fields` (see `load_scan`) describe, thinned out to `angles`, `bins` and `size`."
+    apart = {key.removeprefix(_UNUSED): value for key, value in fields.items() if key.startswith(_UNUSED)}
+    unused = _scan_from(apart, f"{where}, {_UNUSED[:-1]}", None, size, bins) if apart else None
+    fields = {key: value for key, value in fields.items() if not key.startswith(_UNUSED)}
     _check_known(fields, where)
     counts = "counts" in fields
     if counts and ("blank" not in fields or "measurement" in fields):
@@ -100,10 +111,13 @@ def _scan_from(fields: Mapping, where: str, angles: int | None = None, size: int
         return Scan(readings, operator, pixel_size=operator.geometry.pixel_size, unit=str(unit), name=str(name),
                     **same, **own, **more)
     beside = None if counts else _neighbour_noise(y, each.get("valid"))
+    if "neighbour_noise" in fields: beside = _positive(f"{where}: neighbour_noise", fields["neighbour_noise"], zero=True)
     rest = _left_out(scanner.directions, index)
     if "valid" in each: rest = rest[each["valid"][rest].any(1)]
-    try: return part(index, truth=truth, held_out=() if angles else held_out, unused=part(rest) if len(rest) else None,
-                     neighbour_noise=beside and beside / group**0.5)
+    try:
+        if unused is None and len(rest): unused = part(rest)
+        return part(index, truth=truth, held_out=() if angles else held_out, unused=unused,
+                    neighbour_noise=beside and beside / group**0.5)
     except (TypeError, ValueError) as error: raise ValueError(f"{where}: {error}") from error
 
 # %% ../nbs/10_scans.ipynb #a5e357ab
@@ -227,7 +241,8 @@ def load_scan(path: str | Path,  # .npz in the documented layout, htc2022_…_fu
 
     Layout of .npz: `measurement` (views, bins), line integrals, `angles` in degrees, `geometry` "parallel" or "fan",
     `bin_size`, `pixel_size` and `size` (numbers, or two for height and width); for "fan" also `source_origin` and
-    `origin_detector`; optional `rays_per_bin`, `truth`, `noise_std`, `held_out`, `unit`, `name`, and those below.
+    `origin_detector`; optional `rays_per_bin`, `truth`, `noise_std`, `held_out`, `neighbour_noise`, `unit`, `name`, those below,
+    and those of a second scan, of projections for scores alone, whose names begin with `unused.`.
     In place of angles, bin_size and distances, each view may have its `source` (of "parallel": the way of its rays),
     `detector` (the place of its middle) and `step` (from bin to bin), all (views, 2), see `vector_beam`. Where bins are
     averaged, so are the operator's rays, and `noise_std` is divided by the square root of their number; `held_out`
