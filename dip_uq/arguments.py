@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['READ', 'LENGTHS', 'PHANTOMS', 'GAINS', 'STEPS', 'EDUCATED_STEPS', 'STARTS', 'layout', 'OneLine', 'add_import',
-           'add_next', 'add_explore', 'add_volume', 'auto_or_bin', 'parser', 'arguments']
+           'add_next', 'add_explore', 'add_volume', 'auto_or_bin', 'inputs', 'parser', 'arguments']
 
 # %% ../nbs/36_arguments.ipynb #a5a00003
 import argparse
@@ -114,6 +114,13 @@ def add_volume(commands: Any) -> argparse.ArgumentParser:
 # %% ../nbs/36_arguments.ipynb #d2a7d23d
 def auto_or_bin(text: str) -> str | float: return text if text == "auto" else float(text)
 
+def inputs(text: str) -> tuple[str, ...]:
+    "Some of `STARTS`, separated by commas."
+    names = tuple(text.split(","))
+    for name in set(names) - set(STARTS):
+        raise argparse.ArgumentTypeError(f"{name!r} is unknown; choose from {', '.join(STARTS)}, or several: noise,tv")
+    return names
+
 def parser() -> argparse.ArgumentParser:
     "The arguments of `dip-uq`."
     about = "One noisy linear measurement in, an image with error bars out."
@@ -163,9 +170,9 @@ def parser() -> argparse.ArgumentParser:
         p.add_argument("--educated", nargs="?", const="", metavar="FILE",
                        help="start from the educated network of FILE, by default the one that comes with dip_uq, "
                             "whatever --scales, --channels and --start say")
-        p.add_argument("--start", nargs="+", choices=STARTS, default=STARTS[:1], metavar="INPUT", help="what the "
-                       "network starts from: %(choices)s (default noise); held-out projections choose between the fits "
-                       "from several, such as noise tv")
+        p.add_argument("--start", type=inputs, default=STARTS[:1], metavar="INPUT", help="what the network starts from: "
+                       f"{', '.join(STARTS)} (default noise); held-out projections choose between the fits from "
+                       "several, such as noise,tv")
         p.add_argument("--device", default="cpu", help="torch device, such as cuda (default %(default)s)")
         p.add_argument("--image-only", action="store_true", help="no error bars")
         p.add_argument("--method", choices=["exact", "samples"], help="how the standard deviation of pixels is "

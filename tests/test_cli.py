@@ -145,9 +145,11 @@ def test_an_interruption_after_the_results_is_none(tmp_path):
     assert process.returncode == 0
 
 
-def test_several_starts(tmp_path):
+def test_several_starts(tmp_path, capsys):
     "Each is fitted, the summary says which was better, and nothing but the result is left."
-    assert not main(["demo", "--size", "16", "--angles", "9", *SMALL, "--image-only", "--start", "noise", "tv", "--out", str(tmp_path)])
+    assert not main(["demo", "--size", "16", "--angles", "9", *SMALL, "--image-only", "--start", "noise,tv", "--out", str(tmp_path)])
     told = json.loads((tmp_path / "summary.json").read_text())["reconstruction"]
     assert told["start"] == min(told["tried"], key=told["tried"].get) and list(told["tried"]) == ["noise", "tv"]
     assert not any((tmp_path / "state").glob("*.safetensors"))
+    with pytest.raises(SystemExit): main(["demo", "--start", "noise,ttv"])
+    assert "argument --start: 'ttv' is unknown; choose from noise, " in capsys.readouterr().err
