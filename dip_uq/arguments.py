@@ -170,9 +170,9 @@ def parser() -> argparse.ArgumentParser:
         p.add_argument("--educated", nargs="?", const="", metavar="FILE",
                        help="start from the educated network of FILE, by default the one that comes with dip_uq, "
                             "whatever --scales, --channels and --start say")
-        p.add_argument("--start", type=inputs, default=STARTS[:1], metavar="INPUT", help="what the network starts from: "
-                       f"{', '.join(STARTS)} (default noise); held-out projections choose between the fits from "
-                       "several, such as noise,tv")
+        p.add_argument("--start", type=inputs, default=STARTS[:1], metavar="INPUT", help="what the network starts "
+                       f"from: {', '.join(STARTS)} (default noise); held-out projections choose between the fits "
+                       "from several, such as noise,tv")
         p.add_argument("--device", default="cpu", help="torch device, such as cuda (default %(default)s)")
         p.add_argument("--image-only", action="store_true", help="no error bars")
         p.add_argument("--method", choices=["exact", "samples"], help="how the standard deviation of pixels is "

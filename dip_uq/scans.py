@@ -111,7 +111,8 @@ def _scan_from(fields: Mapping, where: str, angles: int | None = None, size: int
         return Scan(readings, operator, pixel_size=operator.geometry.pixel_size, unit=str(unit), name=str(name),
                     **same, **own, **more)
     beside = None if counts else _neighbour_noise(y, each.get("valid"))
-    if "neighbour_noise" in fields: beside = _positive(f"{where}: neighbour_noise", fields["neighbour_noise"], zero=True)
+    if (told := fields.get("neighbour_noise")) is not None:
+        beside = _positive(f"{where}: neighbour_noise", told, zero=True)
     rest = _left_out(scanner.directions, index)
     if "valid" in each: rest = rest[each["valid"][rest].any(1)]
     try:
