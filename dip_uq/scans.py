@@ -242,8 +242,8 @@ def load_scan(path: str | Path,  # .npz in the documented layout, htc2022_…_fu
 
     Layout of .npz: `measurement` (views, bins), line integrals, `angles` in degrees, `geometry` "parallel" or "fan",
     `bin_size`, `pixel_size` and `size` (numbers, or two for height and width); for "fan" also `source_origin` and
-    `origin_detector`; optional `rays_per_bin`, `truth`, `noise_std`, `held_out`, `neighbour_noise`, `unit`, `name`, those below,
-    and those of a second scan, of projections for scores alone, whose names begin with `unused.`.
+    `origin_detector`; optional `rays_per_bin`, `truth`, `noise_std`, `held_out`, `neighbour_noise`, `unit`, `name`,
+    those below, and those of a second scan, of projections for scores alone, whose names begin with `unused.`.
     In place of angles, bin_size and distances, each view may have its `source` (of "parallel": the way of its rays),
     `detector` (the place of its middle) and `step` (from bin to bin), all (views, 2), see `vector_beam`. Where bins are
     averaged, so are the operator's rays, and `noise_std` is divided by the square root of their number; `held_out`
