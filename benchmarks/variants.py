@@ -170,10 +170,14 @@ def main():
         print(f"\n{name}\n")
         found = list(rows([d for d in lines if d["scan"] == name]))
         print_table(("method", "rate", "PSNR at the seconds of ours", "at the end", "best, by the truth", "seconds"),
-                    [(r["name"], f"{r['rate']:g}", *(middle(r[k]) for k in ("then", "last", "best")), f"{np.median(r['seconds']):.0f}") for r in found])
-        for r in found: behind.setdefault((r["name"], r["rate"]), []).append([np.median(found[0][k]) - np.median(r[k] or np.nan) for k in ("then", "last")])
+                    [(r["name"], f"{r['rate']:g}", *(middle(r[k]) for k in ("then", "last", "best")), f"{np.median(r['seconds']):.0f}")
+                     for r in found])
+        for r in found:
+            for key in ("then", "last"):
+                if r[key]: behind.setdefault((r["name"], r["rate"]), {}).setdefault(key, []).append(np.median(found[0][key]) - np.median(r[key]))
     print("\nours ahead, in the median of the scans: at equal seconds, at the end [dB]\n")
-    print_table(("method", "rate", "equal", "end"), [(m, f"{r:g}", *(f"{v:+.2f}" for v in np.nanmedian(gaps, axis=0))) for (m, r), gaps in behind.items()])
+    print_table(("method", "rate", "equal", "end"), [(m, f"{r:g}", *(f"{np.median(gaps[k]):+.2f}" if k in gaps else "–" for k in ("then", "last")))
+                                                     for (m, r), gaps in behind.items()])
     if args.figure: draw(lines, args.figure)
 
 
