@@ -13,7 +13,8 @@ tv            the best of fourteen weights, chosen by the truth, which favours i
 tv_held_out   `tv_reconstruction`: the weight that predicts held-out projections best
 dip, solve    the network's fit (UNet(4, 16), 5/6 of the projections), and the image that `solve` returns; from several starts the one that was
               chosen. That an image stands beside noise at a quarter of its size, and the rate of its fit, were chosen on wires and texture
---educated    from the weights that come with the package, by their own steps, in place of fresh ones; nothing of it was chosen on any of these scans
+--educated    from the weights that come with the package, by their own steps, in place of fresh ones; nothing of it was chosen on any of these scans.
+              Other options want another FILE
 """
 from pathlib import Path
 

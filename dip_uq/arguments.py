@@ -116,9 +116,11 @@ def auto_or_bin(text: str) -> str | float: return text if text == "auto" else fl
 
 def inputs(text: str) -> tuple[str, ...]:
     "Some of `STARTS`, separated by commas."
-    names = tuple(text.split(","))
-    for name in set(names) - set(STARTS):
-        raise argparse.ArgumentTypeError(f"{name!r} is unknown; choose from {', '.join(STARTS)}, or several: noise,tv")
+    names = tuple(name.strip() for name in text.split(","))
+    for name in names:
+        if name not in STARTS:
+            raise argparse.ArgumentTypeError(f"{name!r} is unknown; choose from {', '.join(STARTS)}, or several: "
+                                             "noise,tv")
     return names
 
 def parser() -> argparse.ArgumentParser:

@@ -70,7 +70,8 @@ def _filled(y, known):
     left, right = np.where(last < 0, following, last), np.where(following == len(bins), last, following)
     share = (bins - left) / np.maximum(right - left, 1)
     left, right = (torch.as_tensor(k.clip(0, len(bins) - 1), device=y.device).expand(y.shape) for k in (left, right))
-    return torch.lerp(y.gather(-1, left), y.gather(-1, right), torch.as_tensor(share).to(y))
+    y = torch.lerp(y.gather(-1, left), y.gather(-1, right), torch.as_tensor(share).to(y))
+    return torch.where(torch.as_tensor(known.any(-1, keepdims=True), device=y.device), y, 0)
 
 
 def _upright(y, g):

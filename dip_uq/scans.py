@@ -86,6 +86,7 @@ def _scan_from(fields: Mapping, where: str, angles: int | None = None, size: int
     "The scan that `fields` (see `load_scan`) describe, thinned out to `angles`, `bins` and `size`."
     apart = {key.removeprefix(_UNUSED): value for key, value in fields.items() if key.startswith(_UNUSED)}
     unused = _scan_from(apart, f"{where}, {_UNUSED[:-1]}", None, size, bins) if apart else None
+    if unused: unused = replace(unused, neighbour_noise=None) # four views far from each other do not tell
     fields = {key: value for key, value in fields.items() if not key.startswith(_UNUSED)}
     _check_known(fields, where)
     counts = "counts" in fields
@@ -100,6 +101,8 @@ def _scan_from(fields: Mapping, where: str, angles: int | None = None, size: int
     size = _whole("size", max(full) if size is None else size, 1, max(full))
     shape = tuple(max(1, round(n * size / max(full))) for n in full)
     sides = pixel_sides(scanner.pixel_size) * (np.array(full) / shape)
+    if unused and not np.allclose(pixel_sides(unused.pixel_size), sides):
+        raise ValueError(f"{where}: unused.pixel_size is another one, but both scans must be of the same image")
     truth, noise_std, same = fields.get("truth"), fields.get("noise_std"), {}
     if noise_std is not None and "noise_std" not in each:
         same["noise_std"] = _positive(f"{where}: noise_std", noise_std, zero=True) / group**0.5
@@ -248,7 +251,8 @@ def load_scan(path: str | Path,  # .npz in the documented layout, htc2022_…_fu
     `detector` (the place of its middle) and `step` (from bin to bin), all (views, 2), see `vector_beam`. Where bins are
     averaged, so are the operator's rays, and `noise_std` is divided by the square root of their number; `held_out`
     counts the stored projections, so it is left out when `angles` is given. These are evenly spread by direction, and
-    repeats among them only where there are no other directions; four along others are kept as `unused`, for scores.
+    repeats among them only where there are no other directions; four along others are kept as `unused`, for scores, but
+    where the file has some.
     `centre` is the bin, from 0, of the rotation axis; `noise_std` and `valid` (False: missing) may be given for each
     bin or reading. In place of line integrals there may be `counts`, with the `blank` that is counted without an
     object: a number, or for each bin or reading.
