@@ -89,8 +89,8 @@ def case(name, which, seed, size, iterations, starts, educated):
     scan, truth = measured(name, which, seed, size)
     seen = field_of_view(scan.operator)
     def score(x): return psnr(x[seen], truth[seen])
-    taught = Pretrained.load()
-    net, fit = (taught.net, taught.options) if educated else (UNet(4, 16, inputs=len(starts)), dict(start=starts, iterations=iterations))
+    net, fit = UNet(4, 16, inputs=len(starts)), dict(start=starts, iterations=iterations)
+    if educated: net, fit = (taught := Pretrained.load()).net, taught.options
     s, seconds = timed(solve, scan, net, seed=seed, progress=False, **fit)
     flat, seconds_tv = timed(lambda: s.tv)
     def scores(where):
@@ -114,9 +114,9 @@ def main():
     print_table(("scan", "noise or projections", "seed", *keys, "start", "seconds: TV, fit, all"),
                 [(d["name"] + " (chosen on)" * (d["name"] in CHOSEN_ON), d["which"], d["seed"], *(f"{d[k]:.2f}" for k in keys), d["start"],
                   f"{d['seconds_tv']:.0f}, {d['seconds_fit']:.0f}, {d['seconds']:.0f}") for d in lines])
-    keys = "psnr", "z", "coverage", "miscalibration"
-    print_table(("inside the disc", "projections", *keys),
-                [(d["name"], d["which"], *(f"{d['inside'][k]:.2f}" for k in keys)) for d in lines if d.get("inside")])
+    if discs := [d for d in lines if d.get("inside")]:
+        print_table(("inside the disc", "projections", *discs[0]["inside"]),
+                    [(d["name"], d["which"], *(f"{v:.2f}" for v in d["inside"].values())) for d in discs])
     for chosen in (True, False):
         ahead = [d["psnr"] - d["psnr_tv"] for d in lines if (d["name"] in CHOSEN_ON) == chosen]
         if ahead: print(f"{'chosen on' if chosen else 'held back'}: solve − TV {np.median(ahead):+.2f} dB in the median, {min(ahead):+.2f} at worst")

@@ -28,12 +28,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from common import Lines, arguments, print_table, some
-from images import measured
+from images import SIMULATED, measured
 
-from dip_uq.data import simulate, walnut
 from dip_uq.dip import Run, choose_iterate, descend, first_guess, moving_variance, picture, range_and_weight
 from dip_uq.networks import DeepDecoder, UNet, fresh
-from dip_uq.pretraining import fan_scanner
 from dip_uq.rays import field_of_view
 from dip_uq.variation import linear, operator_norm, psnr, total_variation
 
@@ -42,10 +40,9 @@ OWN_RATE = dict(ours=5e-3, decoder=1e-2)
 EVERY, WINDOW, PATIENCE, CLEARLY = 50, 100, 1000, 0.98
 
 
-def load(name, seed, size=64, projections=30):
+def load(name, seed, size=64):
     "A scan, its readings in numbers of equal noise, and what it is scored by."
-    if name != "walnut": scan, truth = measured(name, projections, seed, size)
-    else: scan = simulate(truth := walnut(size, seed), fan_scanner(size, projections), 0.05, seed)
+    scan, truth = measured(name, 0.05 if name in SIMULATED else 30, seed, size)
     return linear(scan), truth
 
 

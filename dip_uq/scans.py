@@ -251,8 +251,8 @@ def load_scan(path: str | Path,  # .npz in the documented layout, htc2022_…_fu
     `detector` (the place of its middle) and `step` (from bin to bin), all (views, 2), see `vector_beam`. Where bins are
     averaged, so are the operator's rays, and `noise_std` is divided by the square root of their number; `held_out`
     counts the stored projections, so it is left out when `angles` is given. These are evenly spread by direction, and
-    repeats among them only where there are no other directions; four along others are kept as `unused`, for scores, but
-    where the file has some.
+    repeats among them only where there are no other directions; four along others are kept as `unused`, for scores,
+    unless the file has some.
     `centre` is the bin, from 0, of the rotation axis; `noise_std` and `valid` (False: missing) may be given for each
     bin or reading. In place of line integrals there may be `counts`, with the `blank` that is counted without an
     object: a number, or for each bin or reading.

@@ -105,7 +105,7 @@ def variants(monkeypatch):
 
 
 def test_ours_among_the_variants_is_ours(variants):
-    scan, _ = variants.load("walnut", 0, 32, 6)
+    scan, _ = variants.load("walnut", 0, 32)
     seen = []
     image = variants.ours(scan, 3, seen.append, iterations=12)
     assert len(seen) == 12 and torch.equal(image, reconstruct(scan, UNet(4, 16), iterations=12, seed=3, progress=False).image)
@@ -113,7 +113,7 @@ def test_ours_among_the_variants_is_ours(variants):
 
 def test_variants_differ_as_they_should(variants):
     "The first image is that of fresh weights, whatever is minimised; the second one depends on it."
-    scan, _ = variants.load("walnut", 0, 32, 6)
+    scan, _ = variants.load("walnut", 0, 32)
     fits = {method: list(variants.rival(scan, method, 1e-2, 0, 7)) for method in ("dip", "dip-tv", "aseq")}
     assert torch.equal(fits["dip"][0], fits["aseq"][0]) and torch.equal(fits["dip"][0], fits["dip-tv"][0])
     assert not torch.equal(fits["dip"][2], fits["aseq"][2])
